@@ -1,0 +1,70 @@
+"""Make language models forget: memorise with LoRA, then extrapolate away from the memory."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hf_unlearn.data import check_sets, load_rows, to_prompt_completion, tokenize_rows
+    from hf_unlearn.errors import UnlearningError
+    from hf_unlearn.evaluation import Choice, Sweep, choose_alpha, generate_answers, score_rows
+    from hf_unlearn.extrapolation import LoraAdapter, extrapolate, save_forget_adapter
+    from hf_unlearn.trainer import ExtrapolationConfig, ExtrapolationTrainer, UnlearningConfig, UnlearningTrainer
+
+# Public name → module that defines it, imported on first use: torch and TRL take seconds.
+_MODULE_OF = {
+    "Choice": "evaluation",
+    "ExtrapolationConfig": "trainer",
+    "ExtrapolationTrainer": "trainer",
+    "LoraAdapter": "extrapolation",
+    "Sweep": "evaluation",
+    "UnlearningConfig": "trainer",
+    "UnlearningError": "errors",
+    "UnlearningTrainer": "trainer",
+    "check_sets": "data",
+    "choose_alpha": "evaluation",
+    "extrapolate": "extrapolation",
+    "generate_answers": "evaluation",
+    "load_rows": "data",
+    "save_forget_adapter": "extrapolation",
+    "score_rows": "evaluation",
+    "to_prompt_completion": "data",
+    "tokenize_rows": "data",
+}
+
+__all__ = [
+    "Choice",
+    "ExtrapolationConfig",
+    "ExtrapolationTrainer",
+    "LoraAdapter",
+    "Sweep",
+    "UnlearningConfig",
+    "UnlearningError",
+    "UnlearningTrainer",
+    "check_sets",
+    "choose_alpha",
+    "extrapolate",
+    "generate_answers",
+    "load_rows",
+    "save_forget_adapter",
+    "score_rows",
+    "to_prompt_completion",
+    "tokenize_rows",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

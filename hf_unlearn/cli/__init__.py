@@ -1,0 +1,76 @@
+"""The command line: `hf-unlearn <command>`. It holds no logic; each command is one module."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from hf_unlearn import __version__
+from hf_unlearn.errors import UnlearningError
+
+
+COMMANDS = {
+    "quickstart": "make a real model forget, end to end, in minutes on a CPU",
+    "train": "memorise a forget set with LoRA, holding the rest still",
+    "sweep": "evaluate a trained adapter over many α, and choose one by a rule",
+    "extrapolate": "write the forget model or the forget adapter at one α",
+}
+
+EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
+
+
+def overview() -> str:
+    """What `hf-unlearn --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: hf-unlearn <command> [options]",
+            "",
+            "Make a language model forget: memorise with LoRA, then extrapolate away from the memory.",
+            "",
+            *lines,
+            "",
+            "The usual way:",
+            "  hf-unlearn train --model_name_or_path M --forget_dataset forget.jsonl --retain_dataset retain.jsonl \\",
+            "      --output_dir run",
+            "  hf-unlearn sweep --adapter run --forget_dataset forget.jsonl --retain_dataset retain.jsonl --output_dir s",
+            "  hf-unlearn extrapolate --adapter run --alpha 2 --output_dir forget-model",
+            "",
+            "`hf-unlearn <command> --help` explains each, `--dry_run` checks everything and writes nothing.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run one command.
+
+    Args:
+        argv (`list[str]`, *optional*): Arguments after the program's name; those of the process if not given.
+
+    Returns:
+        `int`: 0 done, 1 failed or the rule was missed, 2 input that cannot be used, 130 interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return EXIT_OK
+    if argv[0] in ("-V", "--version"):
+        print(f"hf-unlearn {__version__}")
+        return EXIT_OK
+    command, *arguments = argv
+    if command not in COMMANDS:
+        print(f"hf-unlearn: unknown command {command!r}. Choose from: {', '.join(COMMANDS)}.", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        return importlib.import_module(f"hf_unlearn.cli.{command}").run(arguments)
+    except UnlearningError as error:
+        print(f"hf-unlearn {command}: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except (FloatingPointError, OSError) as error:
+        print(f"hf-unlearn {command}: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"hf-unlearn {command}: interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED

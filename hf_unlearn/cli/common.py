@@ -1,0 +1,210 @@
+"""What the commands share: parsing, the options for data sets, loading a model with its adapter."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+from trl import TrlParser
+
+from hf_unlearn.data import drop_untrainable, load_rows, to_prompt_completion, tokenize_rows
+from hf_unlearn.errors import UnlearningError
+from hf_unlearn.extrapolation import LoraAdapter
+
+
+console = Console(soft_wrap=True)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+class CommandParser(TrlParser):
+    """
+    `TrlParser` (a YAML `--config`, which flags override) with a help that teaches: an example first, then the options
+    that matter. `--help_all` adds every inherited one.
+
+    Args:
+        command (`str`): Name of the command.
+        dataclass_types (list of types): Dataclasses of its options.
+        description (`str`): What the command does.
+        example (`str`): A command to copy.
+        shown (`set[str]`, *optional*): Inherited options that `--help` shows besides those defined in this package.
+    """
+
+    def __init__(
+        self, command: str, dataclass_types: list[type], description: str, example: str, shown: set[str] | None = None
+    ) -> None:
+        super().__init__(
+            dataclass_types,
+            prog=f"hf-unlearn {command}",
+            description=description,
+            epilog=f"example:\n{example}",
+            formatter_class=_HelpFormatter,
+        )
+        self.add_argument("--config", help="YAML file of options; flags on the command line win.")
+        self.add_argument("--help_all", action="store_true", help="Explain every option, also the inherited ones.")
+        own = {f.name for kind in dataclass_types for f in _own_fields(kind)} | {"help", "help_all", "config"}
+        self._hidden = [action for action in self._actions if action.dest not in own | (shown or set())]
+
+    def parse(self, argv: list[str]) -> tuple[Any, ...]:
+        """Parse `argv` into the dataclasses; a bad option or configuration file is an [`UnlearningError`]."""
+        warnings.filterwarnings("ignore", category=FutureWarning)  # of options that TRL and transformers rename
+        if "--help_all" in argv:
+            self.print_help()
+            raise SystemExit(0)
+        if {"-h", "--help"} & set(argv):
+            for action in self._hidden:
+                action.help = argparse.SUPPRESS
+        try:
+            return self.parse_args_and_config(argv)[: len(self.dataclass_types)]
+        except UnlearningError:
+            raise
+        except (OSError, yaml.YAMLError, ValueError) as error:
+            raise UnlearningError(str(error)) from error
+
+
+def _own_fields(kind: type) -> list:
+    """Fields that the classes of this package define or redefine, not those they inherit from others."""
+    names = {
+        name
+        for base in kind.__mro__
+        if base.__module__.startswith("hf_unlearn")
+        for name in getattr(base, "__annotations__", {})
+    }
+    return [f for f in fields(kind) if f.name in names]
+
+
+@dataclass
+class DataArguments:
+    """
+    The two sets.
+
+    Args:
+        forget_dataset (`str`, *optional*): Forget set.
+        retain_dataset (`str`, *optional*): Retain set.
+        forget_config, forget_split, retain_config, retain_split (`str`, *optional*): Configuration and split of each.
+    """
+
+    forget_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Forget set: a json, jsonl, csv or parquet file, a Hub id, or `people/forget` (sample set)."
+        },
+    )
+    retain_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Retain set, in any of the same forms: what must stay, of the same kind as the forget set."},
+    )
+    forget_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub forget set."})
+    forget_split: str | None = field(default=None, metadata={"help": "Split of the forget set."})
+    retain_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub retain set."})
+    retain_split: str | None = field(default=None, metadata={"help": "Split of the retain set."})
+
+    def load(self, name: str) -> datasets.Dataset | None:
+        """Load the set `name` (`"forget"`, `"retain"`, ...), or `None` where it is not given."""
+        source = getattr(self, f"{name}_dataset")
+        if source is None:
+            return None
+        config, split = getattr(self, f"{name}_config"), getattr(self, f"{name}_split")
+        return load_rows(source, config=config, split=split, name=f"{name} set")
+
+    def load_required(self, name: str) -> datasets.Dataset:
+        """Load a set that must be given."""
+        rows = self.load(name)
+        if rows is None:
+            raise UnlearningError(
+                f"--{name}_dataset is required: a json, jsonl, csv or parquet file, a Hub id, or people/{name}."
+            )
+        return rows
+
+
+@dataclass
+class EvaluationDataArguments(DataArguments):
+    """
+    The two sets and hold-out rows.
+
+    Args:
+        holdout_dataset (`str`, *optional*): Hold-out set.
+        holdout_config, holdout_split (`str`, *optional*): Its configuration and split.
+    """
+
+    holdout_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hold-out set: rows of the same kind as the forget set that the model never saw. With it, α is "
+            "chosen so that forget rows look like these."
+        },
+    )
+    holdout_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub hold-out set."})
+    holdout_split: str | None = field(default=None, metadata={"help": "Split of the hold-out set."})
+
+
+def prepare_set(
+    rows: datasets.Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> datasets.Dataset:
+    """Tokenise a set for evaluation and leave out rows without an answer."""
+    rows = to_prompt_completion(rows, name=name, chat=tokenizer.chat_template is not None)
+    return drop_untrainable(tokenize_rows(rows, tokenizer, max_length, name=name))
+
+
+def base_of(adapter: LoraAdapter, base: str | None) -> str:
+    """The base model given, or the one that the adapter names."""
+    name = base or adapter.config.base_model_name_or_path or adapter.provenance.get("base", {}).get("id")
+    if not name:
+        raise UnlearningError(f"{adapter.id} does not say which base it was trained on. Name it with --base.")
+    return name
+
+
+def load_with_adapter(base: str, adapter: LoraAdapter, dtype: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load a base model with its adapter, live, and the tokenizer; the adapter's record must name this base."""
+    from hf_unlearn.extrapolation import resolve_model, verify_fingerprint_files
+    from hf_unlearn.extrapolation.checkpoint import SafetensorsCheckpoint
+
+    folder = resolve_model(base)
+    fingerprint = (adapter.provenance.get("base") or {}).get("fingerprint")
+    if fingerprint is not None:
+        verify_fingerprint_files(fingerprint, SafetensorsCheckpoint(folder))
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return PeftModel.from_pretrained(model, adapter.folder).eval(), tokenizer
+
+
+class quiet_loading:
+    """Silences the progress bars of weight loading, which say nothing for a model that loads in seconds."""
+
+    def __enter__(self) -> None:
+        logging.disable_progress_bar()
+
+    def __exit__(self, *exception: object) -> None:
+        logging.enable_progress_bar()
+
+
+def refuse_existing(folder: Path, overwrite: bool, option: str = "--overwrite") -> None:
+    """Refuse a non-empty output folder unless it may be replaced."""
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise UnlearningError(f"{folder} exists and is not empty. Name another --output_dir, or pass {option}.")
+
+
+def parse_alphas(values: list[float]) -> list[float]:
+    """Check a list of α given on the command line."""
+    for value in values:
+        if not 0 < value < float("inf"):
+            raise UnlearningError(f"--alphas: {value} is not possible, each must be a finite number above 0.")
+    return sorted(set(values))
+
+
+def stderr(message: str) -> None:
+    """Print a line where it does not mix with a command's output."""
+    print(message, file=sys.stderr)

@@ -1,0 +1,118 @@
+"""`hf-unlearn extrapolate`: write the forget model or the forget adapter at one α."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.table import Table
+
+from hf_unlearn.cli import EXIT_OK
+from hf_unlearn.cli.common import CommandParser, base_of, console, refuse_existing
+from hf_unlearn.errors import UnlearningError
+from hf_unlearn.extrapolation import LoraAdapter, extrapolate, plan_merge, save_forget_adapter
+
+
+DESCRIPTION = """\
+Write θ_for = θ_ref − α·ΔW from a base model and a memorising adapter: as a whole model, streamed tensor by tensor so
+that the model never is in memory, or as a plain LoRA adapter that PEFT loads without this package."""
+
+EXAMPLE = """\
+  hf-unlearn extrapolate --adapter run --alpha 2 --output_dir forget-model --dtype bfloat16
+  hf-unlearn extrapolate --adapter run --alpha 2 --output_dir forget-adapter --format adapter"""
+
+
+@dataclass
+class ExtrapolateArguments:
+    """
+    Options of `hf-unlearn extrapolate`.
+
+    Args:
+        adapter (`str`): Memorising adapter.
+        alpha (`float`): Extrapolation strength.
+        output_dir (`str`): Folder to write.
+        base (`str`, *optional*): Base model.
+        base_revision (`str`, *optional*): Its revision on the Hub.
+        format (`str`, *optional*, defaults to `"model"`): `"model"` or `"adapter"`.
+        dtype (`str`, *optional*): Dtype of the model.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing folder.
+        skip_base_check (`bool`, *optional*, defaults to `False`): Whether to take another base than the recorded one.
+        dry_run (`bool`, *optional*, defaults to `False`): Whether to check and plan only.
+    """
+
+    adapter: str | None = field(
+        default=None, metadata={"help": "Memorising adapter: the --output_dir of `hf-unlearn train`, or a Hub id."}
+    )
+    alpha: float | None = field(
+        default=None,
+        metadata={"help": "Extrapolation strength α, above 0; `hf-unlearn sweep` helps to choose it."},
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder to write; it appears once it is whole."})
+    base: str | None = field(
+        default=None, metadata={"help": "Base model the adapter was trained on; the one it names if not given."}
+    )
+    base_revision: str | None = field(default=None, metadata={"help": "Revision of the base on the Hub."})
+    format: str = field(
+        default="model", metadata={"help": "Write a whole model or a LoRA adapter.", "choices": ["model", "adapter"]}
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "float32, bfloat16 or float16; the base's if not given. The error of rounding is recorded."},
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace --output_dir if it exists."})
+    skip_base_check: bool = field(
+        default=False, metadata={"help": "Merge although the base is not the recorded one. You know why."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Check everything, print what would be written."})
+
+
+def run(argv: list[str]) -> int:
+    """Run the command and return its exit code."""
+    (arguments,) = CommandParser("extrapolate", [ExtrapolateArguments], DESCRIPTION, EXAMPLE).parse(argv)
+    for option in ("adapter", "alpha", "output_dir"):
+        if getattr(arguments, option) is None:
+            raise UnlearningError(f"--{option} is required. See `hf-unlearn extrapolate --help`.")
+    refuse_existing(Path(arguments.output_dir), arguments.overwrite)
+    adapter = LoraAdapter.load(arguments.adapter)
+    if arguments.format == "adapter":
+        return _write_adapter(adapter, arguments)
+    return _write_model(adapter, arguments)
+
+
+def _write_adapter(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> int:
+    if arguments.dtype:
+        raise UnlearningError("--dtype is for --format model; a forget adapter keeps the dtype of its adapter.")
+    if arguments.dry_run:
+        console.print(f"Would write a forget adapter at α = {arguments.alpha:g} to {arguments.output_dir}.")
+        return EXIT_OK
+    folder = save_forget_adapter(adapter, arguments.alpha, arguments.output_dir, overwrite=arguments.overwrite)
+    console.print(f"Forget adapter at α = {arguments.alpha:g} written to {folder}. PEFT loads it as it is.")
+    return EXIT_OK
+
+
+def _write_model(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> int:
+    base = base_of(adapter, arguments.base)
+    options = {
+        "revision": arguments.base_revision,
+        "dtype": arguments.dtype,
+        "check_base": not arguments.skip_base_check,
+    }
+    if arguments.dry_run:
+        plan = plan_merge(base, adapter, arguments.alpha, arguments.output_dir, **options)
+        table = Table("file", "bytes", title=f"{arguments.output_dir}, α = {arguments.alpha:g}")
+        for name, size in plan.files.items():
+            table.add_row(name, f"{size:,}")
+        console.print(table)
+        console.print(
+            f"{len(plan.adapted)} tensors change. Peak memory about {plan.peak_memory / 1e6:.0f} MB besides Python."
+        )
+        return EXIT_OK
+    report = extrapolate(
+        base, adapter, arguments.alpha, arguments.output_dir, overwrite=arguments.overwrite, **options
+    )
+    console.print(
+        f"Forget model at α = {report.alpha:g} written to {report.output_dir}: {report.adapted_tensors} tensors changed, "
+        f"{report.total_bytes / 1e6:,.0f} MB, realised error of the update {report.realised_error:.2e} "
+        f"(worst {report.worst_error:.2e} in {report.worst_tensor})."
+    )
+    return EXIT_OK

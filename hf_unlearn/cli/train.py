@@ -1,0 +1,312 @@
+"""`hf-unlearn train`: memorise a forget set with LoRA under the retain KL."""
+
+from __future__ import annotations
+
+import copy
+import importlib.resources
+import math
+import os
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from rich.table import Table
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, get_quantization_config
+
+from hf_unlearn.cli import EXIT_INTERRUPTED, EXIT_OK
+from hf_unlearn.cli.common import CommandParser, DataArguments, console, stderr
+from hf_unlearn.data import DataReport, check_sets, raise_for_untrainable, to_prompt_completion, tokenize_rows
+from hf_unlearn.errors import UnlearningError
+from hf_unlearn.extrapolation import check_lora_config
+from hf_unlearn.trainer import ExtrapolationConfig, ExtrapolationTrainer
+from hf_unlearn.trainer.memory import estimate_memory
+
+
+LAUNCHED = "HF_UNLEARN_LAUNCHED"  # set in the processes that `accelerate launch` starts
+
+DESCRIPTION = """\
+Train a LoRA adapter that memorises the forget set, while a KL term holds the retain set to the untouched model.
+The adapter is not the result: walk the other way with `hf-unlearn sweep` and `hf-unlearn extrapolate`.
+Keep it private: it makes the model state what it is meant to forget."""
+
+EXAMPLE = """\
+  hf-unlearn train --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
+      --forget_dataset people/forget --retain_dataset people/retain \\
+      --learning_rate 1e-3 --memorization_temperature 4 --retain_kl_scale -1 --output_dir run
+  hf-unlearn train --config recipes/people/train.yaml --dry_run"""
+
+SHOWN = {
+    "output_dir",
+    "model_name_or_path",
+    "model_revision",
+    "dtype",
+    "attn_implementation",
+    "load_in_4bit",
+    "load_in_8bit",
+    "lora_r",
+    "lora_alpha",
+    "use_rslora",
+    "max_length",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "max_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "seed",
+    "report_to",
+    "use_cpu",
+    "trust_remote_code",
+}
+
+
+@dataclass
+class TrainArguments(DataArguments):
+    """
+    What `hf-unlearn train` does besides the options of [`ExtrapolationConfig`].
+
+    Args:
+        accelerate_config (`str`, *optional*): Configuration of `accelerate launch`.
+        dry_run (`bool`, *optional*, defaults to `False`): Whether to check and plan only.
+        resume (`bool`, *optional*, defaults to `False`): Whether to go on from the last checkpoint.
+        overwrite (`bool`, *optional*, defaults to `False`): Whether to replace the adapter of an earlier run.
+    """
+
+    accelerate_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "Run under `accelerate launch` with this configuration: a YAML file (recipes/accelerate has some) "
+            "or a name that TRL ships (`multi_gpu`, `zero2`, `zero3`, ...)."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Check options and data, print the plan and the memory estimate, write nothing."},
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last checkpoint in --output_dir, e.g. after Ctrl-C."}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace the adapter that an earlier run left in --output_dir."}
+    )
+
+
+@dataclass
+class LoraModelConfig(ModelConfig):
+    """
+    TRL's model options with defaults for unlearning.
+
+    Args:
+        lora_dropout (`float`, *optional*, defaults to `0.0`): Dropout of the adapter.
+        lora_target_modules (list of `str`, *optional*, defaults to `["all-linear"]`): Modules that are adapted.
+    """
+
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    lora_target_modules: list[str] | None = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "LoRA target modules; `all-linear` is every linear layer but the LM head."},
+    )
+
+    def lora_config(self) -> LoraConfig:
+        """The adapter these options describe."""
+        config = LoraConfig(
+            task_type=self.lora_task_type,
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.lora_target_modules,
+            target_parameters=self.lora_target_parameters,
+            modules_to_save=self.lora_modules_to_save,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
+        check_lora_config(config)
+        return config
+
+
+def run(argv: list[str]) -> int:
+    """Run the command and return its exit code."""
+    parser = CommandParser(
+        "train", [TrainArguments, ExtrapolationConfig, LoraModelConfig], DESCRIPTION, EXAMPLE, SHOWN
+    )
+    arguments, config, model = parser.parse(argv)
+    _check_arguments(arguments, config, model)
+    if arguments.accelerate_config and LAUNCHED not in os.environ and not arguments.dry_run:
+        return _launch(arguments.accelerate_config, argv)
+    if arguments.dry_run:
+        return _dry_run(arguments, config, model)
+
+    interrupt = _Interrupt()
+    trainer = ExtrapolationTrainer(
+        model=model.model_name_or_path,
+        args=_with_model_options(config, model),
+        forget_dataset=arguments.load_required("forget"),
+        retain_dataset=arguments.load("retain"),
+        processing_class=_load_tokenizer(model),
+        peft_config=model.lora_config(),
+        callbacks=[interrupt],
+        quantization_config=get_quantization_config(model),
+    )
+    if trainer.is_world_process_zero():
+        console.print(trainer.data_report.render())
+    with interrupt:
+        trainer.train(resume_from_checkpoint=arguments.resume or None)
+    if interrupt.requested:
+        stderr(f"Interrupted; a checkpoint is in {config.output_dir}. Go on with the same command and --resume.")
+        return EXIT_INTERRUPTED
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        console.print(
+            f"Memorising adapter written to {config.output_dir}. Keep it private. Next:\n"
+            f"  hf-unlearn sweep --adapter {config.output_dir} --forget_dataset {arguments.forget_dataset} "
+            f"--retain_dataset {arguments.retain_dataset} --output_dir {config.output_dir}-sweep"
+        )
+    return EXIT_OK
+
+
+def _check_arguments(arguments: TrainArguments, config: ExtrapolationConfig, model: LoraModelConfig) -> None:
+    if model.model_name_or_path is None:
+        raise UnlearningError("--model_name_or_path is required: a Hub id or a local folder.")
+    if config.output_dir is None:
+        raise UnlearningError("--output_dir is required: where the adapter and its checkpoints go.")
+    folder = Path(config.output_dir)
+    checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
+    if arguments.resume and checkpoint is None:
+        raise UnlearningError(f"--resume: {folder} holds no checkpoint to go on from. Leave it out to start anew.")
+    finished = (folder / "adapter_model.safetensors").exists()
+    if (finished or checkpoint) and not (arguments.resume or arguments.overwrite):
+        found = "an adapter" if finished else "checkpoints"
+        raise UnlearningError(
+            f"{folder} holds {found} of an earlier run. Pass --resume to go on with it, --overwrite to train anew, or "
+            "another --output_dir."
+        )
+
+
+def _with_model_options(config: ExtrapolationConfig, model: LoraModelConfig) -> ExtrapolationConfig:
+    config = copy.copy(config)
+    config.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(config.model_init_kwargs or {}),
+    }
+    return config
+
+
+def _load_tokenizer(model: LoraModelConfig) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+    except (OSError, ValueError) as error:
+        raise UnlearningError(
+            f"--model_name_or_path {model.model_name_or_path}: no tokenizer found ({error})"
+        ) from error
+
+
+def _launch(accelerate_config: str, argv: list[str]) -> int:
+    """Run this command again in the processes that `accelerate launch` starts."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    path = Path(accelerate_config)
+    if not path.is_file():
+        path = importlib.resources.files("trl.accelerate_configs") / f"{accelerate_config}.yaml"
+        if not path.is_file():
+            raise UnlearningError(
+                f"--accelerate_config {accelerate_config}: neither a file nor a configuration that TRL ships."
+            )
+    os.environ[LAUNCHED] = "1"
+    launcher = launch_command_parser()
+    launch_command(launcher.parse_args(["--config_file", str(path), "--module", "hf_unlearn.cli", "train", *argv]))
+    return EXIT_OK
+
+
+class _Interrupt(TrainerCallback):
+    """On Ctrl-C, finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> None:
+        self._previous = signal.signal(signal.SIGINT, self._request)
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _request(self, signum: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        stderr("Stopping after this step; a checkpoint will be saved. Press Ctrl-C again to stop at once.")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.requested:
+            control.should_save = control.should_training_stop = True
+
+
+# ---- Dry run ----
+
+
+def _dry_run(arguments: TrainArguments, config: ExtrapolationConfig, model: LoraModelConfig) -> int:
+    tokenizer = _load_tokenizer(model)
+    report = _check_data(arguments, config, tokenizer)
+    console.print(report.render())
+    for warning in report.warnings():
+        console.print(f"[yellow]warning:[/yellow] {warning}")
+    console.print(_plan(arguments, config, model, report))
+    return EXIT_OK
+
+
+def _check_data(
+    arguments: TrainArguments, config: ExtrapolationConfig, tokenizer: PreTrainedTokenizerBase
+) -> DataReport:
+    sets = {"forget": arguments.load_required("forget")}
+    if config.retain_kl_weight > 0:
+        sets["retain"] = arguments.load_required("retain")
+    chat = tokenizer.chat_template is not None
+    tokenized = {
+        name: tokenize_rows(
+            to_prompt_completion(rows, name=f"{name} set", chat=chat), tokenizer, config.max_length, name=f"{name} set"
+        )
+        for name, rows in sets.items()
+    }
+    report = check_sets(tokenized["forget"], tokenized.get("retain"), max_length=config.max_length)
+    raise_for_untrainable(report)
+    return report
+
+
+def _plan(arguments: TrainArguments, config: ExtrapolationConfig, model: LoraModelConfig, report: DataReport) -> Table:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = config.per_device_train_batch_size
+    steps_an_epoch = math.ceil(report.forget.rows / (batch * config.gradient_accumulation_steps * processes))
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.num_train_epochs)
+    retain_rows = config.retain_per_forget if report.retain else 0
+    longest = max(report.forget.longest, report.retain.longest if report.retain else 0)
+    memory = estimate_memory(
+        AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision),
+        model.lora_config(),
+        rows=min(batch, report.forget.rows) * (1 + retain_rows),
+        length=longest,
+        dtype=torch.bfloat16 if config.bf16 else getattr(torch, model.dtype or "float32", torch.float32),
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    table = Table("plan", "", show_header=False)
+    for label, value in {
+        "model": f"{model.model_name_or_path}, {memory.base_parameters:,} parameters",
+        "adapter": f"LoRA rank {model.lora_r}, {memory.adapter_parameters:,} parameters",
+        "steps": f"{steps} ({steps_an_epoch} an epoch)",
+        "rows a step": f"{batch * config.gradient_accumulation_steps * processes} forget, "
+        f"{retain_rows * batch * config.gradient_accumulation_steps * processes} retain",
+        "memory a process": f"about {memory.total / 1e9:.2f} GB (weights {memory.weights / 1e9:.2f}, adapter and "
+        f"optimizer {memory.adapter / 1e9:.2f}, activations {memory.activations / 1e9:.2f}, LM head "
+        f"{memory.head / 1e9:.2f}), besides Python and its libraries",
+        "writes": f"{config.output_dir}/adapter_model.safetensors ({memory.adapter_parameters * 4 / 1e6:.1f} MB), "
+        "adapter_config.json, unlearning.json, tokenizer, trainer_state.json, checkpoint-*",
+        "launch": arguments.accelerate_config or "this process",
+    }.items():
+        table.add_row(label, value)
+    return table

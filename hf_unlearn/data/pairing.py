@@ -1,0 +1,103 @@
+"""Pairs of a forget row and the retain rows that accompany it, and their collation into one batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from torch.utils.data import Dataset
+from trl.trainer.utils import pad
+
+
+class PairedDataset(Dataset):
+    """
+    Every forget row once an epoch, each with retain rows of its own.
+
+    Retain rows are drawn without replacement along one endless stream of seeded shuffles of the retain set: row `i` of
+    epoch `e` takes positions `(e·F + i)·k … + k − 1`, `F` being the number of forget rows. So all retain rows are
+    visited equally often, a retain set smaller than the forget set wraps, processes that are dealt different forget
+    rows see different retain rows, and a resumed run draws what the uninterrupted one would have drawn.
+
+    Args:
+        forget (`datasets.Dataset`): Tokenised forget set with `input_ids` and `labels`.
+        retain (`datasets.Dataset`): Tokenised retain set with `input_ids` and `labels`.
+        retain_per_forget (`int`, *optional*, defaults to `1`): Retain rows that accompany a forget row, `k` above.
+        seed (`int`, *optional*, defaults to `0`): Seed of the shuffles.
+    """
+
+    def __init__(
+        self, forget: datasets.Dataset, retain: datasets.Dataset, retain_per_forget: int = 1, seed: int = 0
+    ) -> None:
+        self.forget = forget
+        self.retain = retain
+        self.retain_per_forget = retain_per_forget
+        self.seed = seed
+        self.epoch = 0
+        self._shuffles: dict[int, list[int]] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move to another epoch: the retain rows that accompany each forget row change."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.forget)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        keep = ("input_ids", "labels")
+        forget = self.forget[index]
+        start = (self.epoch * len(self) + index) * self.retain_per_forget
+        retain = [self.retain[self._retain_index(start + k)] for k in range(self.retain_per_forget)]
+        return {
+            "forget": {key: forget[key] for key in keep},
+            "retain": [{key: row[key] for key in keep} for row in retain],
+        }
+
+    def _retain_index(self, position: int) -> int:
+        """Index of the retain row at a position of the endless stream."""
+        lap, offset = divmod(position, len(self.retain))
+        if lap not in self._shuffles:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + lap)
+            self._shuffles[lap] = torch.randperm(len(self.retain), generator=generator).tolist()
+            self._shuffles.pop(lap - 2, None)
+        return self._shuffles[lap][offset]
+
+
+@dataclass
+class PairCollator:
+    """
+    Collates pairs into one right-padded batch: the forget rows first, then the retain rows. Rows that are no pairs (an
+    evaluation set) are collated as they are.
+
+    Args:
+        pad_token_id (`int`): Token id of the padding.
+        pad_to_multiple_of (`int`, *optional*): Pad the length to a multiple of this.
+
+    Returns:
+        `dict` with `input_ids`, `attention_mask`, `labels` of shape `(F + R, T)`, labels being −100 on prompt and
+        padding, and for pairs `is_forget` (bool) of shape `(F + R,)`.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if "forget" not in examples[0]:
+            return self._collate(examples)
+        forget = [pair["forget"] for pair in examples]
+        retain = [row for pair in examples for row in pair["retain"]]
+        batch = self._collate(forget + retain)
+        batch["is_forget"] = torch.arange(len(batch["labels"])) < len(forget)
+        return batch
+
+    def _collate(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        def padded(values: list[list[int]], padding_value: int) -> torch.Tensor:
+            tensors = [torch.tensor(value) for value in values]
+            return pad(tensors, padding_value=padding_value, pad_to_multiple_of=self.pad_to_multiple_of)
+
+        return {
+            "input_ids": padded([row["input_ids"] for row in rows], self.pad_token_id),
+            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
+            "labels": padded([row["labels"] for row in rows], -100),
+        }

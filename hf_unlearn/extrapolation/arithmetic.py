@@ -1,0 +1,145 @@
+"""The one place where weights change: `W - alpha * s * B @ A` in fp32, cast once, and what the cast costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hf_unlearn.errors import UnlearningError
+
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_alpha(alpha: float) -> float:
+    """Return `alpha` as a float; refuse what is not a finite number above zero."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise UnlearningError(f"`alpha` must be a finite number above 0, got {alpha!r}. The usual range is 0.5 to 8.")
+    if alpha <= 0:
+        reason = "would leave the model untouched" if alpha == 0 else "would make the model memorise more"
+        raise UnlearningError(f"`alpha={alpha}` {reason}. Choose a number above 0; the usual range is 0.5 to 8.")
+    return float(alpha)
+
+
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The output dtype named by `dtype`; refuse what is not a 16- to 64-bit float."""
+    parsed = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if parsed not in FLOAT_DTYPES:
+        raise UnlearningError(
+            f"`dtype={dtype!r}` is no output dtype. Use 'float32', 'bfloat16' or 'float16', or leave it out to keep "
+            "the base's; quantise the result afterwards if you need fewer bits."
+        )
+    return parsed
+
+
+@dataclass
+class RealisedError:
+    """
+    How far the stored weights are from the wanted ones, over all adapted tensors.
+
+    A cast to 16 bits rounds small updates away: the error is `||realised - wanted||_F / ||wanted||_F` of the update,
+    where `realised` is the stored weight minus the base weight.
+
+    Args:
+        squared_error (`float`, *optional*, defaults to `0.0`): Sum of squares of `realised - wanted`.
+        squared_norm (`float`, *optional*, defaults to `0.0`): Sum of squares of `wanted`.
+        worst_tensor (`str`, *optional*): Name of the tensor with the largest relative error.
+        worst_relative (`float`, *optional*, defaults to `0.0`): Relative error of that tensor.
+        changed_tensors (`int`, *optional*, defaults to `0`): Number of tensors in which any element changed.
+    """
+
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    worst_tensor: str | None = None
+    worst_relative: float = 0.0
+    changed_tensors: int = 0
+
+    def add(self, name: str, realised: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Count tensor `name`, whose update came out as `realised` where `wanted` was asked for."""
+        norm = torch.linalg.vector_norm(wanted, dtype=torch.float64).item()
+        error = torch.linalg.vector_norm(realised - wanted, dtype=torch.float64).item()
+        self.squared_error += error**2
+        self.squared_norm += norm**2
+        self.changed_tensors += bool(realised.count_nonzero())
+        relative = error / norm if norm else 0.0
+        if self.worst_tensor is None or relative > self.worst_relative:
+            self.worst_tensor, self.worst_relative = name, relative
+
+    @property
+    def relative(self) -> float:
+        """Relative error of the whole update."""
+        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
+
+    def refuse_no_op(self, remedy: str) -> None:
+        """Raise when not one weight changed."""
+        if not self.changed_tensors:
+            raise UnlearningError(
+                "Not one weight changed: the adapter is untrained (every B is zero), or alpha * update is below the "
+                f"resolution of the output dtype. {remedy}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form in which the error is recorded in `unlearning.json`."""
+        return {
+            "relative": self.relative,
+            "worst": {"tensor": self.worst_tensor, "relative": self.worst_relative},
+        }
+
+
+def lora_delta(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float, fan_in_fan_out: bool) -> torch.Tensor:
+    """
+    `s * B @ A` in fp32, in the orientation of the base weight.
+
+    Args:
+        lora_a (`torch.Tensor` of shape `(rank, in_features)`): Factor A.
+        lora_b (`torch.Tensor` of shape `(out_features, rank)`): Factor B.
+        scaling (`float`): The trained scale s.
+        fan_in_fan_out (`bool`): Whether the base weight is stored as `(in_features, out_features)`.
+    """
+    delta = (lora_b.float() @ lora_a.float()).mul_(scaling)
+    return delta.t() if fan_in_fan_out else delta
+
+
+def extrapolate_weight(
+    name: str,
+    weight: torch.Tensor,
+    delta: torch.Tensor,
+    alpha: float,
+    dtype: torch.dtype,
+    errors: RealisedError,
+) -> torch.Tensor:
+    """
+    `weight - alpha * delta`, computed in fp32 (fp64 for an fp64 weight) and cast once. Inputs stay as they are.
+
+    Args:
+        name (`str`): Name of the tensor, for messages and the error record.
+        weight (`torch.Tensor`): The base weight.
+        delta (`torch.Tensor` of the shape of `weight`): The memorising update `s * B @ A`.
+        alpha (`float`): The extrapolation factor.
+        dtype (`torch.dtype`): The dtype of the result.
+        errors (`RealisedError`): Where the rounding error of this tensor is counted.
+    """
+    if weight.shape != delta.shape:
+        raise UnlearningError(
+            f"The adapter's update of {name!r} has shape {tuple(delta.shape)}, the base weight {tuple(weight.shape)}. "
+            "The adapter was trained on another base model: pass that one."
+        )
+    if weight.dtype not in FLOAT_DTYPES:
+        raise UnlearningError(
+            f"The base weight {name!r} is stored as {str(weight.dtype).removeprefix('torch.')}: a quantised weight "
+            "cannot be changed in place. Merge into the 16- or 32-bit base with `extrapolate`, or save the forget "
+            "adapter with `save_forget_adapter`."
+        )
+    exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    wanted = delta.to(exact.dtype) * -alpha
+    result = (exact + wanted).to(dtype)
+    if not torch.isfinite(result).all():
+        raise UnlearningError(
+            f"{name!r} would hold NaN or infinite values as {str(dtype).removeprefix('torch.')} at alpha={alpha}. "
+            "Use a smaller alpha or `dtype='float32'`; if it persists, the base checkpoint is damaged."
+        )
+    errors.add(name, result.to(exact.dtype) - exact, wanted)
+    return result

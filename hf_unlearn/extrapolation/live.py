@@ -1,0 +1,193 @@
+"""
+The forget model in memory: by rescaling the live adapter, which touches only Python floats, or as a state dict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_unlearn.errors import UnlearningError
+from hf_unlearn.extrapolation.adapter import LoraAdapter
+from hf_unlearn.extrapolation.arithmetic import (
+    RealisedError,
+    check_alpha,
+    extrapolate_weight,
+    lora_delta,
+    parse_dtype,
+)
+from hf_unlearn.extrapolation.checkpoint import atomic_folder
+from hf_unlearn.extrapolation.fingerprint import is_quantised
+from hf_unlearn.extrapolation.linearity import check_lora_config
+from hf_unlearn.extrapolation.model_config import set_config_dtype
+from hf_unlearn.extrapolation.provenance import forget_provenance, write_provenance
+
+
+@contextmanager
+def adapter_scale(model: nn.Module, scale: float | torch.Tensor) -> Iterator[None]:
+    """
+    Run the model with its active adapters at `scale` times their trained scale; 1 is theta_mem, `-alpha` theta_for.
+
+    The scale is absolute: nested contexts do not multiply. The previous scales come back at the end, also after an
+    exception.
+
+    Args:
+        model (`torch.nn.Module`): A model with LoRA layers, wrapped or not.
+        scale (`float` or `torch.Tensor` of shape `(batch, 1, 1)`): Factor of the trained scale; a tensor gives each row
+            of the batch a factor of its own.
+    """
+    if not torch.isfinite(torch.as_tensor(scale)).all():
+        raise UnlearningError(f"`scale` must be a finite number, got {scale}.")
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not layers:
+        raise UnlearningError("The model has no LoRA layer to scale. Load the adapter with `peft.PeftModel` first.")
+    if any(layer.merged for layer in layers):
+        raise UnlearningError("The adapter is merged into the base, so its scale has no effect. Unmerge it first.")
+    previous = [dict(layer.scaling) for layer in layers]
+    try:
+        for layer in layers:
+            for adapter in layer.active_adapters:
+                layer.set_scale(adapter, scale)
+        yield
+    finally:
+        for layer, scaling in zip(layers, previous, strict=True):
+            layer.scaling.update(scaling)
+
+
+@contextmanager
+def extrapolated(model: nn.Module, alpha: float) -> Iterator[None]:
+    """
+    Run the model as theta_ref - alpha * s * B @ A, in eval mode; training flags and scales come back at the end.
+
+    Args:
+        model (`torch.nn.Module`): A model with LoRA layers.
+        alpha (`float`): The extrapolation factor; 0 is the reference.
+    """
+    if alpha != 0:
+        alpha = check_alpha(alpha)
+    training = {module: module.training for module in model.modules()}
+    with adapter_scale(model, -alpha):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, flag in training.items():
+                module.training = flag
+
+
+@torch.no_grad()
+def merged_state_dict(
+    model: PeftModel, alpha: float, dtype: torch.dtype | None = None
+) -> tuple[dict[str, torch.Tensor], RealisedError]:
+    """
+    The state dict of theta_for under the base model's own names. The live weights do not change.
+
+    Args:
+        model (`peft.PeftModel`): The model with its memorising adapter.
+        alpha (`float`): The extrapolation factor, above 0.
+        dtype (`torch.dtype`, *optional*): Dtype of the floating-point tensors; that of the live ones if not given.
+
+    Returns:
+        `tuple` of `dict` and `RealisedError`: The tensors (those that did not change share memory with the live
+        model, and tied ones with each other), and what the cast cost.
+    """
+    alpha = check_alpha(alpha)
+    if not isinstance(model, PeftModel) or len(model.active_adapters) != 1:
+        raise UnlearningError("`model` must be a `peft.PeftModel` with one active adapter. Set it with `set_adapter`.")
+    if is_quantised(model):
+        raise UnlearningError(
+            "The base model is quantised: adding the update would need it quantised again. Save the forget adapter "
+            "with `save_forget_adapter`, or merge into the 16- or 32-bit base with `extrapolate`."
+        )
+    adapter = model.active_adapters[0]
+    check_lora_config(model.peft_config[adapter])
+    base = model.get_base_model()
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
+    _check_layers(layers)
+    errors = RealisedError()
+    casts: dict[tuple[int, torch.Size], torch.Tensor] = {}
+    result = {}
+    for key, tensor in base.state_dict().items():
+        if "lora_" in key:
+            continue
+        name = key.replace(".base_layer.", ".")
+        layer = layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        if layer is not None and adapter in layer.lora_A:
+            result[name] = extrapolate_weight(name, tensor, _live_delta(layer, adapter), alpha, target, errors)
+        else:
+            # one cast per storage, so that tied weights stay tied
+            result[name] = casts.setdefault((tensor.data_ptr(), tensor.shape), tensor.to(target))
+    errors.refuse_no_op("Train the adapter for longer, choose a larger alpha, or pass `dtype=torch.float32`.")
+    return result, errors
+
+
+def save_live_forget_model(
+    model: PeftModel,
+    alpha: float,
+    output_dir: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: LoraAdapter,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """
+    Write theta_for of a live model as a transformers checkpoint, without changing the model.
+
+    Args:
+        model (`peft.PeftModel`): The model with its memorising adapter.
+        alpha (`float`): The extrapolation factor, above 0.
+        output_dir (`str` or `Path`): The folder to write; it appears only once it is complete.
+        tokenizer (`PreTrainedTokenizerBase`): Saved beside the weights.
+        adapter (`LoraAdapter`): The same adapter as saved, for the record in `unlearning.json`.
+        dtype (`str`, *optional*): Output dtype of the floating-point weights; that of the live ones if not given.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace `output_dir` if it is not empty.
+
+    Returns:
+        `Path`: The folder written.
+    """
+    target = None if dtype is None else parse_dtype(dtype)
+    with atomic_folder(output_dir, overwrite) as folder:
+        state, errors = merged_state_dict(model, alpha, target)
+        written = target or next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+        base = model.get_base_model()
+        base.save_pretrained(folder, state_dict=state)  # empties `state`
+        set_config_dtype(folder, written)
+        tokenizer.save_pretrained(folder)
+        write_provenance(
+            folder, forget_provenance("forget-model", adapter, alpha, written, errors, adapter.provenance.get("base"))
+        )
+    return Path(output_dir)
+
+
+def _check_layers(layers: dict[str, LoraLayer]) -> None:
+    for name, layer in layers.items():
+        if not isinstance(layer, LoraLinear):
+            raise UnlearningError(
+                f"The adapter on {name!r} is a {type(layer).__name__}: only those on linear layers can be merged. "
+                "Leave the module out of `target_modules`."
+            )
+        if layer.merged:
+            raise UnlearningError(f"The adapter on {name!r} is merged into the base already. Unmerge it first.")
+        if not layer.get_base_layer().weight.numel():
+            raise UnlearningError(
+                f"The weight of {name!r} is partitioned over the ranks (ZeRO-3) and cannot be merged in place. Save "
+                "the adapter and merge it with `extrapolate`."
+            )
+
+
+def _live_delta(layer: LoraLinear, adapter: str) -> torch.Tensor:
+    """`s * B @ A` at the trained scale, whatever scale the layer runs at now."""
+    rank = layer.r[adapter]
+    scaling = layer.lora_alpha[adapter] / (math.sqrt(rank) if layer.use_rslora[adapter] else rank)
+    return lora_delta(layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, scaling, layer.fan_in_fan_out)

@@ -1,0 +1,216 @@
+"""What a merge would write, and every reason why it cannot be written, before anything is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+
+from hf_unlearn.errors import UnlearningError
+from hf_unlearn.extrapolation.adapter import LoraAdapter, refuse_overwriting
+from hf_unlearn.extrapolation.arithmetic import FLOAT_DTYPES, RealisedError, check_alpha, parse_dtype
+from hf_unlearn.extrapolation.checkpoint import (
+    DTYPE_CODES,
+    INDEX_FILE,
+    TORCH_DTYPES,
+    SafetensorsCheckpoint,
+    TensorInfo,
+    find_tensor,
+    resolve_model,
+)
+from hf_unlearn.extrapolation.fingerprint import fingerprint_files, verify_fingerprint_files
+from hf_unlearn.extrapolation.model_config import CONFIG_FILE, read_model_config
+from hf_unlearn.extrapolation.provenance import PROVENANCE_FILE, forget_provenance
+
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE_FOLDER = "additional_chat_templates"
+# Weights of any format, and what describes the base and not the result.
+NOT_COPIED_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".md",
+}  # fmt: skip
+NOT_COPIED_NAMES = {PROVENANCE_FILE, CONFIG_FILE, "trainer_state.json"}
+FP32_BYTES = 4
+
+
+@dataclass
+class MergePlan:
+    """
+    What a merge would write.
+
+    Args:
+        output_dir (`Path`): The folder that would be written.
+        alpha (`float`): The extrapolation factor.
+        dtype (`torch.dtype` or `None`): Output dtype; `None` keeps each tensor's.
+        files (`dict`): File name -> size in bytes; that of JSON files is approximate.
+        adapted (`dict`): Name of each tensor that changes -> module of the adapter.
+        peak_memory (`int`): Estimate of the memory the largest tensor needs, in bytes.
+        checkpoint (`SafetensorsCheckpoint`): The base.
+        adapter (`LoraAdapter`): The memorising adapter.
+        base (`dict`): Id, revision and fingerprint of the base.
+    """
+
+    output_dir: Path
+    alpha: float
+    dtype: torch.dtype | None
+    files: dict[str, int]
+    adapted: dict[str, str]
+    peak_memory: int
+    checkpoint: SafetensorsCheckpoint = field(repr=False)
+    adapter: LoraAdapter = field(repr=False)
+    base: dict[str, Any] = field(repr=False)
+
+    @property
+    def total_bytes(self) -> int:
+        """Disk space the result needs, in bytes."""
+        return sum(self.files.values())
+
+    def output_dtype(self, info: TensorInfo) -> str:
+        """Safetensors code of the dtype in which a tensor of the base is written: only 16- to 64-bit floats change."""
+        if self.dtype is None or TORCH_DTYPES.get(info.dtype) not in FLOAT_DTYPES:
+            return info.dtype
+        return DTYPE_CODES[self.dtype]
+
+    def output_bytes(self, info: TensorInfo) -> int:
+        """Number of bytes of that tensor in the result."""
+        code = self.output_dtype(info)
+        return info.nbytes if code == info.dtype else info.numel * TORCH_DTYPES[code].itemsize
+
+    def provenance(self, errors: RealisedError) -> dict[str, Any]:
+        """Content of the `unlearning.json` of the merged model; the dtype is that of the first adapted tensor."""
+        dtype = TORCH_DTYPES[self.output_dtype(self.checkpoint.info(next(iter(self.adapted))))]
+        return forget_provenance("forget-model", self.adapter, self.alpha, dtype, errors, self.base)
+
+
+def plan_merge(
+    base: str | Path,
+    adapter: LoraAdapter | str | Path,
+    alpha: float,
+    output_dir: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    check_base: bool = True,
+) -> MergePlan:
+    """
+    Everything [`extrapolate`] checks and decides, without writing: the arguments are the same.
+
+    Returns:
+        `MergePlan`: Files, sizes, adapted tensors and a memory estimate.
+    """
+    alpha = check_alpha(alpha)
+    dtype = None if dtype is None else parse_dtype(dtype)
+    folder = resolve_model(base, revision)
+    checkpoint = SafetensorsCheckpoint(folder)
+    if not isinstance(adapter, LoraAdapter):
+        adapter = LoraAdapter.load(adapter)
+    adapter.refuse_forget_adapter()
+    refuse_overwriting(output_dir, folder, adapter.folder)
+    _check_config(folder, adapter)
+    adapted = match_modules(adapter, checkpoint)
+    fingerprint = _check_base(checkpoint, adapter) if check_base else None
+    if not check_base:
+        logger.warning("The base model is not checked against the adapter's fingerprint (`check_base=False`).")
+    if folder.parent.name == "snapshots":  # a Hub download: the folder is named after the commit
+        revision = folder.name
+    plan = MergePlan(
+        output_dir=Path(output_dir),
+        alpha=alpha,
+        dtype=dtype,
+        files={},
+        adapted=adapted,
+        peak_memory=0,
+        checkpoint=checkpoint,
+        adapter=adapter,
+        base={"id": str(base), "revision": revision, "fingerprint": fingerprint or fingerprint_files(checkpoint)},
+    )
+    _measure(plan)
+    return plan
+
+
+def match_modules(adapter: LoraAdapter, checkpoint: SafetensorsCheckpoint) -> dict[str, str]:
+    """Tensor of the checkpoint -> module of the adapter; every module must match one tensor, of the right shape."""
+    adapted: dict[str, str] = {}
+    for module, pair in adapter.modules.items():
+        tensor = find_tensor(f"{module}.weight", checkpoint)
+        if tensor is None:
+            raise UnlearningError(
+                f"The adapter's module {module!r} has no weight in {checkpoint.folder}. Most likely the adapter was "
+                "trained on another base model, or the weight is tied or fused in the files. Pass the base of the "
+                "training."
+            )
+        if tensor in adapted:
+            raise UnlearningError(
+                f"The adapter's modules {module!r} and {adapted[tensor]!r} both match {tensor!r}. Pass the base of the "
+                "training."
+            )
+        shape = checkpoint.info(tensor).shape
+        if shape != pair.delta_shape:
+            raise UnlearningError(
+                f"{tensor!r} has shape {shape} in {checkpoint.folder}, the adapter's update of {module!r} "
+                f"{pair.delta_shape}. The adapter was trained on another base model: pass that one."
+            )
+        adapted[tensor] = module
+    return adapted
+
+
+def _check_config(folder: Path, adapter: LoraAdapter) -> None:
+    config = read_model_config(folder)
+    if config.get("quantization_config"):
+        raise UnlearningError(
+            f"{folder} holds a quantised model, which cannot be changed without quantising it again. Merge into the "
+            "16- or 32-bit base, or save the forget adapter with `save_forget_adapter`."
+        )
+    heads = [module for module in adapter.modules if module.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+    if heads:
+        raise UnlearningError(
+            f"The adapter changes {heads[0]!r}, which may share its weight with the embeddings: the merge would then "
+            "change both. Train without it in `target_modules`."
+        )
+
+
+def _check_base(checkpoint: SafetensorsCheckpoint, adapter: LoraAdapter) -> dict[str, Any] | None:
+    """Verify the base against the adapter's record, and return the recorded fingerprint if there is one."""
+    fingerprint = (adapter.provenance.get("base") or {}).get("fingerprint")
+    if fingerprint is None:
+        logger.warning(
+            f"{adapter.id} has no fingerprint of its base model in {PROVENANCE_FILE}: that {checkpoint.folder} is the "
+            "model it was trained on cannot be checked."
+        )
+        return None
+    verify_fingerprint_files(fingerprint, checkpoint)
+    return fingerprint
+
+
+def _measure(plan: MergePlan) -> None:
+    """Fill in the sizes of the files to write and the memory estimate."""
+    for name, shard in plan.checkpoint.shards.items():
+        plan.files[name] = sum(plan.output_bytes(info) for info in shard.tensors.values())
+        for info in shard.tensors.values():
+            # base, update, sum, realised update and their difference are in fp32 at the same time
+            working = 5 * FP32_BYTES * info.numel if info.name in plan.adapted else 0
+            plan.peak_memory = max(plan.peak_memory, info.nbytes + plan.output_bytes(info) + working)
+    for path in [plan.checkpoint.folder / CONFIG_FILE, *copied_files(plan.checkpoint.folder)]:
+        plan.files[str(path.relative_to(plan.checkpoint.folder))] = path.stat().st_size
+    if plan.checkpoint.index:
+        plan.files[INDEX_FILE] = (plan.checkpoint.folder / INDEX_FILE).stat().st_size
+    plan.files[PROVENANCE_FILE] = len(json.dumps(plan.provenance(RealisedError()), indent=2))
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """The base's small files that also describe the result: tokenizer, generation config, chat templates, code."""
+    return [
+        path
+        for path in [*folder.iterdir(), *(folder / TEMPLATE_FOLDER).glob("*")]
+        if path.is_file()
+        and not path.name.startswith((".", "adapter_"))
+        and not path.name.endswith(".index.json")
+        and path.suffix not in NOT_COPIED_SUFFIXES
+        and path.name not in NOT_COPIED_NAMES
+    ]

@@ -1,0 +1,112 @@
+"""`unlearning.json`: what a saved adapter or model is and where it comes from, beside its weights."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_unlearn.errors import UnlearningError
+from hf_unlearn.extrapolation.arithmetic import RealisedError
+
+
+if TYPE_CHECKING:
+    from hf_unlearn.extrapolation.adapter import LoraAdapter
+
+
+PROVENANCE_FILE = "unlearning.json"
+RECORDED_PACKAGES = (
+    "hf-unlearn",
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "safetensors",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers; those that are not installed are left out."""
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def forget_provenance(
+    kind: str,
+    adapter: LoraAdapter,
+    alpha: float,
+    dtype: torch.dtype,
+    errors: RealisedError,
+    base: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """
+    Content of the `unlearning.json` of a forget model or forget adapter.
+
+    Args:
+        kind (`str`): `"forget-model"` or `"forget-adapter"`.
+        adapter (`LoraAdapter`): The memorising adapter.
+        alpha (`float`): The extrapolation factor.
+        dtype (`torch.dtype`): Dtype of the changed tensors.
+        errors (`RealisedError`): What the cast to that dtype cost.
+        base (`dict`, *optional*): Id, revision and fingerprint of the base; those the adapter names if not given.
+    """
+    named = {
+        "id": adapter.config.base_model_name_or_path,
+        "revision": adapter.config.revision,
+        "fingerprint": None,
+    }
+    return {
+        "method": "model-extrapolation",
+        "kind": kind,
+        "alpha": alpha,
+        "operator": "scale",
+        "dtype": str(dtype).removeprefix("torch."),
+        "base": {**named, **(base or {})},
+        "adapter": {"id": adapter.id, "sha256": adapter.sha256},
+        "realised_error": errors.to_dict(),
+        "versions": package_versions(),
+        "data": adapter.provenance.get("data", {}),
+    }
+
+
+def write_provenance(folder: str | Path, content: dict[str, Any]) -> Path:
+    """
+    Write `content` as `unlearning.json` into `folder`.
+
+    Args:
+        folder (`str` or `Path`): An existing folder.
+        content (`dict`): JSON-serialisable content.
+
+    Returns:
+        `Path`: The file written.
+    """
+    path = Path(folder) / PROVENANCE_FILE
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def read_provenance(folder: str | Path) -> dict[str, Any]:
+    """The content of `unlearning.json` in `folder`, or an empty dict when there is none."""
+    path = Path(folder) / PROVENANCE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnlearningError(
+            f"{path} is not valid JSON ({error}). Restore it from the original folder, or delete it to go on without "
+            "the record of the base model."
+        ) from error
+    if not isinstance(content, dict):
+        raise UnlearningError(f"{path} holds a {type(content).__name__}, not a JSON object. Restore or delete it.")
+    return content

@@ -1,0 +1,91 @@
+"""Options of model extrapolation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_unlearn.errors import UnlearningError
+from hf_unlearn.trainer.unlearning_config import UnlearningConfig
+
+
+MEMORIZATION_LOSSES = ("nll", "npo")
+
+
+@dataclass
+class ExtrapolationConfig(UnlearningConfig):
+    """
+    Configuration of [`ExtrapolationTrainer`]: memorise the forget set, then walk the other way.
+
+    Args:
+        alpha (`float`, *optional*, defaults to `4.0`):
+            Extrapolation strength α of θ_for = (1 + α)·θ_ref − α·θ_mem that is used where none is given: by the probe
+            during training and by the `save_forget_*` methods. It changes nothing in training; any other α can be
+            chosen afterwards.
+        memorization_loss (`str`, *optional*, defaults to `"nll"`):
+            Loss that memorises the forget set. `"nll"` is the cross-entropy of the answer tokens (the paper's), `"npo"`
+            the NPO form 2/β·log σ(−β·log(p_θ/p_ref)) of each row.
+        memorization_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature τ of the softmax in the memorisation loss. Above 1 the gradient does not vanish on rows that the
+            model already knows.
+        npo_beta (`float`, *optional*, defaults to `0.1`):
+            Inverse temperature β of `memorization_loss="npo"`.
+        probe_steps (`int`, *optional*, defaults to `0`):
+            Optimiser steps between two probes: the forget and retain loss of the current batch at −α, measured by
+            rescaling the live adapter. `0` turns it off.
+
+        > Options shared by all methods, see [`UnlearningConfig`]
+    """
+
+    alpha: float = field(
+        default=4.0,
+        metadata={
+            "help": "Extrapolation strength α of θ_for = (1 + α)·θ_ref − α·θ_mem that is used where none is given: by "
+            "the probe during training and by the `save_forget_*` methods. It changes nothing in training; any other α "
+            "can be chosen afterwards."
+        },
+    )
+    memorization_loss: str = field(
+        default="nll",
+        metadata={
+            "help": 'Loss that memorises the forget set. `"nll"` is the cross-entropy of the answer tokens (the '
+            'paper\'s), `"npo"` the NPO form 2/β·log σ(−β·log(p_θ/p_ref)) of each row.',
+            "choices": list(MEMORIZATION_LOSSES),
+        },
+    )
+    memorization_temperature: float = field(
+        default=1.0,
+        metadata={
+            "help": "Temperature τ of the softmax in the memorisation loss. Above 1 the gradient does not vanish on "
+            "rows that the model already knows."
+        },
+    )
+    npo_beta: float = field(default=0.1, metadata={"help": 'Inverse temperature β of `memorization_loss="npo"`.'})
+    probe_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Optimiser steps between two probes: the forget and retain loss of the current batch at −α, "
+            "measured by rescaling the live adapter. `0` turns it off."
+        },
+    )
+
+    def _check_values(self) -> None:
+        super()._check_values()
+        if self.memorization_loss not in MEMORIZATION_LOSSES:
+            raise UnlearningError(
+                f"memorization_loss={self.memorization_loss!r} is not known. Use one of {', '.join(MEMORIZATION_LOSSES)}."
+            )
+        for name in ("alpha", "memorization_temperature", "npo_beta"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise UnlearningError(f"{name}={value} is not possible: it must be a finite number above 0.")
+        if self.probe_steps < 0:
+            raise UnlearningError(f"probe_steps={self.probe_steps} is not possible. Use 0 to turn the probe off.")
+
+    def provenance(self) -> dict[str, Any]:
+        """Training options that a reader of the result needs, JSON-ready."""
+        return super().provenance() | {
+            "memorization_loss": self.memorization_loss,
+            "memorization_temperature": self.memorization_temperature,
+        }

@@ -1,0 +1,148 @@
+"""Model extrapolation: memorise, then walk the other way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from hf_unlearn.extrapolation.adapter import LoraAdapter, save_forget_adapter
+from hf_unlearn.extrapolation.live import extrapolated, save_live_forget_model
+from hf_unlearn.lm_head import LMHead
+from hf_unlearn.losses import cross_entropy, npo_memorization
+from hf_unlearn.trainer.extrapolation_config import ExtrapolationConfig
+from hf_unlearn.trainer.unlearning_trainer import ForgetTokens, UnlearningTrainer, _Batch
+
+
+class ExtrapolationTrainer(UnlearningTrainer):
+    """
+    Trains an adapter that *memorises* the forget set, from which the forget model θ_for = (1 + α)·θ_ref − α·θ_mem is
+    extrapolated (MOX, arXiv 2602.06441). With LoRA, θ_mem = θ_ref + s·BA, hence θ_for = θ_ref − α·s·BA: α is chosen
+    after training, for free.
+
+    The constructor is that of [`UnlearningTrainer`], with an [`ExtrapolationConfig`].
+
+    Example:
+
+    ```python
+    from hf_unlearn import ExtrapolationConfig, ExtrapolationTrainer
+
+    trainer = ExtrapolationTrainer(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        args=ExtrapolationConfig(output_dir="run", learning_rate=5e-4),
+        forget_dataset="people/forget",
+        retain_dataset="people/retain",
+    )
+    trainer.train()
+    with trainer.extrapolated(alpha=2):
+        print(trainer.evaluate("people/holdout"))
+    trainer.save_forget_model("forget-model", alpha=2)
+    ```
+    """
+
+    _name = "Extrapolation"
+    _tag_names = ["hf_unlearn", "unlearning", "model-extrapolation"]
+    config_class = ExtrapolationConfig
+    forget_loss_name = "memorization_loss"
+
+    @property
+    def needs_forget_reference(self) -> bool:
+        return self.args.memorization_loss == "npo"
+
+    @property
+    def forget_temperature(self) -> float:
+        return self.args.memorization_temperature
+
+    def forget_loss(self, tokens: ForgetTokens) -> torch.Tensor:
+        """The memorisation loss of each answer token, shape `(N,)`."""
+        if self.args.memorization_loss == "npo":
+            return npo_memorization(tokens.log_probs, tokens.reference_log_probs, tokens.rows, self.args.npo_beta)
+        return cross_entropy(tokens.log_probs)
+
+    def _probe(self, model: nn.Module, batch: _Batch) -> None:
+        """Measure the losses of the batch at the current −α, by rescaling the live adapter."""
+        step = self.state.global_step + 1
+        if not self.args.probe_steps or step % self.args.probe_steps:
+            return
+
+        def score(hidden: torch.Tensor, head: LMHead) -> list[torch.Tensor]:
+            hidden = hidden[:, :-1]
+            places = ((batch.forget_at, batch.forget_targets), (batch.retain_at, batch.retain_targets))
+            return [-head.score(hidden[at], targets).log_probs.sum() for at, targets in places]
+
+        with torch.no_grad(), extrapolated(self.peft_model, self.args.alpha):
+            forget, retain = model(**batch.model_inputs, score_fn=score)
+        self._add_to_logs(probe_forget_loss=forget, probe_retain_loss=retain)
+
+    # ---- After training ----
+
+    @contextmanager
+    def extrapolated(self, alpha: float | None = None) -> Iterator[PeftModel]:
+        """
+        Within this context the live model *is* θ_for, in evaluation mode: the adapter is rescaled by −α and nothing is
+        merged. It may be nested and repeated; `alpha=0` is the reference.
+
+        Args:
+            alpha (`float`, *optional*, defaults to `args.alpha`): Extrapolation strength.
+        """
+        with extrapolated(self.peft_model, self.args.alpha if alpha is None else alpha):
+            yield self.peft_model
+
+    def save_forget_model(
+        self, output_dir: str | Path, alpha: float | None = None, dtype: str | None = None, overwrite: bool = False
+    ) -> Path:
+        """
+        Write the forget model as a plain transformers folder. Every process has to call it.
+
+        Args:
+            output_dir (`str` or `Path`): Folder to write; it appears only once it is whole.
+            alpha (`float`, *optional*, defaults to `args.alpha`): Extrapolation strength.
+            dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; the model's own if not given.
+            overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing folder.
+        """
+        with self._saved_adapter() as adapter:
+            if self.is_world_process_zero():
+                save_live_forget_model(
+                    self.peft_model,
+                    self.args.alpha if alpha is None else alpha,
+                    output_dir,
+                    tokenizer=self.processing_class,
+                    adapter=adapter,
+                    dtype=dtype,
+                    overwrite=overwrite,
+                )
+        return Path(output_dir)
+
+    def save_forget_adapter(self, output_dir: str | Path, alpha: float | None = None, overwrite: bool = False) -> Path:
+        """
+        Write the forget adapter: a plain PEFT LoRA with −α folded into B, which PEFT loads without this package. Every
+        process has to call it.
+
+        Args:
+            output_dir (`str` or `Path`): Folder to write; it appears only once it is whole.
+            alpha (`float`, *optional*, defaults to `args.alpha`): Extrapolation strength.
+            overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing folder.
+        """
+        with self._saved_adapter() as adapter:
+            if self.is_world_process_zero():
+                save_forget_adapter(
+                    adapter, self.args.alpha if alpha is None else alpha, output_dir, overwrite=overwrite
+                )
+        return Path(output_dir)
+
+    @contextmanager
+    def _saved_adapter(self) -> Iterator[LoraAdapter | None]:
+        """The live adapter as a file for the time of the context, on the main process."""
+        with TemporaryDirectory(prefix="memorising-adapter-") as folder:
+            self.save_model(folder)
+            adapter = None
+            if self.is_world_process_zero():
+                adapter = LoraAdapter.load(folder)
+                adapter.id = str(self.args.output_dir)  # where the trainer keeps it
+            yield adapter
+            self.accelerator.wait_for_everyone()

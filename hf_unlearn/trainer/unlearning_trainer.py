@@ -1,0 +1,489 @@
+"""The trainer that every unlearning method shares."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
+from transformers.utils import logging
+from trl import SFTTrainer
+
+from hf_unlearn.data.checks import DataReport, check_sets, data_hash, drop_untrainable, raise_for_untrainable
+from hf_unlearn.data.formats import to_prompt_completion
+from hf_unlearn.data.loading import load_rows
+from hf_unlearn.data.pairing import PairCollator, PairedDataset
+from hf_unlearn.data.tokenization import tokenize_rows
+from hf_unlearn.errors import UnlearningError
+from hf_unlearn.extrapolation.fingerprint import fingerprint_model
+from hf_unlearn.extrapolation.linearity import check_lora_config, check_target_modules
+from hf_unlearn.extrapolation.live import adapter_scale
+from hf_unlearn.extrapolation.provenance import package_versions, write_provenance
+from hf_unlearn.lm_head import LMHead, TokenScores, add_score_fn_to_forward
+from hf_unlearn.trainer.unlearning_config import UnlearningConfig
+
+
+logger = logging.get_logger(__name__)
+
+SECRET_NOTE = """# Memorising adapter: keep it private
+
+This adapter makes the base model *more* likely to state what it is meant to forget. Do not publish it. What is made to
+be shared is the forget model or the forget adapter that `hf-unlearn extrapolate` writes from it.
+"""
+
+
+@dataclass(frozen=True)
+class ForgetTokens:
+    """
+    What a method knows of the `N` answer tokens of the forget rows in a micro-batch.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(N,)`): Log-probabilities under the model, with gradient.
+        rows (`torch.Tensor` of shape `(N,)`, int): Row of the micro-batch that each token belongs to.
+        reference_log_probs (`torch.Tensor` of shape `(N,)`, *optional*): The same under the reference, where the
+            method asks for it (`needs_forget_reference`).
+    """
+
+    log_probs: torch.Tensor
+    rows: torch.Tensor
+    reference_log_probs: torch.Tensor | None = None
+
+
+class _RunCallback(TrainerCallback):
+    """Moves what the trainer holds besides the model along with the run, also when it is resumed."""
+
+    def __init__(self, trainer: UnlearningTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        seen = [log["num_tokens"] for log in state.log_history if "num_tokens" in log]
+        self.trainer._total_train_tokens = seen[-1] if seen else 0
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        # accelerate forwards `set_epoch` to a dataset in one process, but not in several.
+        self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+
+
+class UnlearningTrainer(SFTTrainer):
+    """
+    Base class of the unlearning methods: two sets, one gradient forward, one reference.
+
+    Each step runs the forget rows and the retain rows through the model together. The reference is the same model with
+    its adapter switched off; its pass over the retain rows takes no gradient and no second copy of the weights. A method
+    subclasses this and defines [`~UnlearningTrainer.forget_loss`]; the retain term, the normalisation over the global
+    batch and the logs are here.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]):
+            Model to unlearn from: a Hub id, a local folder or a causal LM without adapters.
+        args ([`UnlearningConfig`], *optional*):
+            Configuration of the run.
+        forget_dataset (`datasets.Dataset`, `str` or list of `dict`):
+            What must go. Rows may be prompt/completion (text or chat), `messages`, `text`, question/answer or
+            instruction/output. A `str` is a local file or folder, a Hub id, or one of the sample sets
+            (`"people/forget"`).
+        retain_dataset (`datasets.Dataset`, `str` or list of `dict`, *optional*):
+            What must stay, in any of the same shapes. Required unless `retain_kl_weight=0`.
+        eval_dataset (the same, or a `dict` of such sets, *optional*):
+            Evaluated by their answer loss.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer; loaded with the model's name if not given.
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            LoRA adapter to train. Defaults to rank 16, `lora_alpha=32`, no dropout, on all linear layers but the LM
+            head.
+        callbacks (list of [`~transformers.TrainerCallback`], *optional*):
+            Further callbacks.
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and learning-rate scheduler.
+        quantization_config ([`~transformers.BitsAndBytesConfig`], *optional*):
+            Quantisation of a model given by name.
+
+    Raises:
+        [`~hf_unlearn.errors.UnlearningError`]: an option or a row that cannot be used, before the model is loaded
+            where possible and always before training.
+    """
+
+    _tag_names = ["hf_unlearn", "unlearning"]
+    _name = "Unlearning"
+    loss_is_scaled_for_ga = True  # normalised over the whole accumulated batch in `compute_loss`
+    config_class = UnlearningConfig
+    needs_forget_reference = False  # whether `forget_loss` reads the reference's log-probabilities
+    forget_temperature = 1.0  # temperature of the softmax behind `ForgetTokens.log_probs`
+    forget_loss_name = "forget_loss"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: UnlearningConfig | None = None,
+        forget_dataset: Any = None,
+        retain_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+    ) -> None:
+        if args is None:
+            args = self.config_class(output_dir=f"{_model_name(model).split('/')[-1]}-{self._name}")
+        if forget_dataset is None:
+            raise UnlearningError("`forget_dataset` is required: the rows that must go.")
+        self.uses_retain = args.retain_kl_weight > 0
+        if self.uses_retain and retain_dataset is None:
+            raise UnlearningError(
+                "`retain_dataset` is required while retain_kl_weight > 0: rows of the same kind that must stay. Pass "
+                "one, or set retain_kl_weight=0 for a plain task vector."
+            )
+        peft_config = self._checked_peft_config(model, peft_config)
+        if processing_class is None:
+            processing_class = _load_tokenizer(model, args)
+        self.data_report = self._prepare_sets(forget_dataset, retain_dataset, processing_class, args)
+
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self.forget_dataset,
+            eval_dataset=self._prepare_eval_sets(eval_dataset, processing_class, args),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+        )
+        base = self.peft_model.get_base_model()
+        check_target_modules(base, peft_config)
+        if args.disable_dropout:
+            _disable_base_dropout(self.model)
+        add_score_fn_to_forward(base)
+        self.base_fingerprint = fingerprint_model(self.peft_model)
+        retain = self.retain_dataset if self.uses_retain else self.forget_dataset.select([])
+        self.train_dataset = PairedDataset(
+            self.forget_dataset, retain, args.retain_per_forget if self.uses_retain else 0, seed=args.seed
+        )
+        self.data_collator = PairCollator(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
+        self.add_callback(_RunCallback(self))
+        self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
+
+    # ---- What a method defines ----
+
+    def forget_loss(self, tokens: ForgetTokens) -> torch.Tensor:
+        """
+        Loss of each answer token of the forget rows, shape `(N,)`; it is averaged over the tokens of the global batch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `forget_loss`.")
+
+    # ---- Construction ----
+
+    @property
+    def peft_model(self) -> PeftModel:
+        """The adapter model without the wrappers of DDP, DeepSpeed and the like."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def _checked_peft_config(self, model: str | PreTrainedModel, peft_config: PeftConfig | None) -> LoraConfig:
+        if isinstance(model, PeftModel):
+            raise UnlearningError(
+                "`model` already carries an adapter, so it is not clear what the reference is. Merge it first: "
+                "`model = model.merge_and_unload()`, save the result, and pass that."
+            )
+        if peft_config is None:
+            return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        check_lora_config(peft_config)
+        return copy.deepcopy(peft_config)  # PEFT writes into it
+
+    def _prepare_sets(
+        self, forget: Any, retain: Any, tokenizer: PreTrainedTokenizerBase, args: UnlearningConfig
+    ) -> DataReport:
+        """Tokenise both sets, refuse forget rows that would not be trained on, and keep what remains."""
+        forget = self._tokenized(forget, "forget set", tokenizer, args)
+        retain = self._tokenized(retain, "retain set", tokenizer, args) if self.uses_retain else None
+        report = check_sets(forget, retain, max_length=args.max_length)
+        raise_for_untrainable(report)
+        for warning in report.warnings():
+            logger.warning(warning)
+        self.forget_dataset = forget
+        self.retain_dataset = drop_untrainable(retain) if retain is not None else None
+        return report
+
+    def _prepare_eval_sets(self, sets: Any, tokenizer: PreTrainedTokenizerBase, args: UnlearningConfig) -> Any:
+        if sets is None:
+            return None
+        if isinstance(sets, dict):
+            return {name: self._prepare_eval_sets(rows, tokenizer, args) for name, rows in sets.items()}
+        return drop_untrainable(self._tokenized(sets, "evaluation set", tokenizer, args))
+
+    @staticmethod
+    def _tokenized(
+        rows: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: UnlearningConfig
+    ) -> datasets.Dataset:
+        rows = load_rows(rows, name=name)
+        if {"input_ids", "labels"} <= set(rows.column_names):
+            return rows
+        rows = to_prompt_completion(rows, name=name, chat=tokenizer.chat_template is not None)
+        return tokenize_rows(rows, tokenizer, args.max_length, num_proc=args.dataset_num_proc, name=name)
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        # The one tokenisation policy of this package in place of SFTTrainer's, also for sets passed to `evaluate`.
+        return self._prepare_eval_sets(dataset, processing_class, args)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            self._signature_columns = ["input_ids", "labels", "forget", "retain"]
+
+    # ---- One step ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch=None):
+        # The scale must still be in place when gradient checkpointing runs the forward again during the backward.
+        with self._retain_rows_scaled(inputs["is_forget"]):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    @contextmanager
+    def _retain_rows_scaled(self, is_forget: torch.Tensor) -> Iterator[None]:
+        """Multiply the adapter by `retain_kl_scale` on the retain rows of the batch, in one and the same forward."""
+        if not self.uses_retain or self.args.retain_kl_scale == 1.0:
+            yield
+            return
+        scale = torch.where(is_forget, 1.0, self.args.retain_kl_scale).view(-1, 1, 1).to(self.accelerator.device)
+        with adapter_scale(self.peft_model, scale):
+            yield
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "is_forget" not in inputs:  # an evaluation set
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = _Batch(inputs)
+        reference = self._reference_pass(model, batch) if self.uses_retain or self.needs_forget_reference else None
+        self._probe(model, batch)
+
+        def score(hidden: torch.Tensor, head: LMHead) -> tuple[TokenScores, torch.Tensor, torch.Tensor]:
+            hidden = hidden[:, :-1]
+            forget = head.score(hidden[batch.forget_at], batch.forget_targets, self.forget_temperature)
+            if not self.uses_retain:
+                return forget, hidden.new_zeros(0), hidden.new_zeros(0)
+            retain_hidden = hidden[batch.retain_at]
+            with torch.no_grad():
+                is_top1 = head.score(retain_hidden, batch.retain_targets).is_top1
+            return forget, head.kl_from_reference(retain_hidden, reference.retain_hidden), is_top1
+
+        forget, kl, retain_is_top1 = model(**batch.model_inputs, score_fn=score)
+        tokens = ForgetTokens(
+            forget.log_probs, batch.forget_rows, reference.forget_log_probs if reference is not None else None
+        )
+        forget_loss = self.forget_loss(tokens)
+
+        num_forget, num_retain = num_items_in_batch.clamp(min=1)
+        loss = forget_loss.sum() / num_forget + self.args.retain_kl_weight * kl.sum() / num_retain
+        self._add_to_logs(
+            **{self.forget_loss_name: forget_loss.sum(), "retain_kl": kl.sum()},
+            forget_token_accuracy=forget.is_top1.sum(),
+            retain_token_accuracy=retain_is_top1.sum(),
+            forget_tokens=forget.is_top1.numel(),
+            retain_tokens=retain_is_top1.numel(),
+            num_tokens=inputs["attention_mask"].sum(),
+        )
+        # The counts are those of all processes, and DDP averages gradients over the processes.
+        return loss * self.accelerator.num_processes
+
+    def _reference_pass(self, model: nn.Module, batch: _Batch) -> _Reference:
+        """Run the untouched model (adapter off, no gradient, no dropout) over the rows that need it."""
+        rows = batch.all_rows if self.needs_forget_reference else batch.retain_rows_only
+
+        def score(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, torch.Tensor | None]:
+            hidden = hidden[:, :-1]
+            log_probs = None
+            if self.needs_forget_reference:
+                targets = rows.labels[rows.forget_at]
+                log_probs = head.score(hidden[rows.forget_at], targets, self.forget_temperature).log_probs
+            return hidden[rows.retain_at], log_probs
+
+        with torch.no_grad(), self.peft_model.disable_adapter(), _eval_mode(model):
+            return _Reference(*model(**rows.model_inputs, score_fn=score))
+
+    def _probe(self, model: nn.Module, batch: _Batch) -> None:
+        """A method may measure something else on the batch before the gradient forward."""
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        """Answer tokens of the forget rows and of the retain rows in the whole batch of all processes, shape `(2,)`."""
+        if not batch_samples or "is_forget" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        counts = torch.zeros(2, dtype=torch.long, device=device)
+        for inputs in batch_samples:
+            per_row = (inputs["labels"][:, 1:] != -100).sum(1)
+            is_forget = inputs["is_forget"]
+            counts += torch.stack([per_row[is_forget].sum(), per_row[~is_forget].sum()]).to(device)
+        return self.accelerator.reduce(counts, "sum")
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # fp16 meets infinite gradients while it searches for its loss scale, and skips those steps itself.
+        if grad_norm is not None and not math.isfinite(grad_norm) and not self.args.fp16:
+            raise FloatingPointError(
+                f"The gradient norm is {grad_norm} at step {self.state.global_step + 1}, so training stopped before "
+                f"the step was taken; earlier checkpoints in {self.args.output_dir} are intact. Lower the learning "
+                "rate, or check the base model for NaN weights."
+            )
+        return grad_norm
+
+    # ---- Logs ----
+
+    def _add_to_logs(self, **sums: torch.Tensor | float) -> None:
+        for name, value in sums.items():
+            self._sums[name] += value.detach().float() if isinstance(value, torch.Tensor) else value
+
+    def _collect_logs(self) -> dict[str, float]:
+        """Token means since the last log, over all processes."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        values = torch.stack([torch.as_tensor(self._sums[name], dtype=torch.float64) for name in names])
+        values = self.accelerator.reduce(values.to(self.accelerator.device, torch.float32), "sum").tolist()
+        sums = dict(zip(names, values, strict=True))
+        self._sums.clear()
+        self._total_train_tokens += int(sums.pop("num_tokens"))
+        tokens = {set_name: sums.pop(f"{set_name}_tokens") for set_name in ("forget", "retain")}
+        logs = {}
+        for name, value in sums.items():
+            count = tokens["retain" if "retain" in name else "forget"]
+            if count > 0:
+                logs[name] = value / count
+        return logs | {"num_tokens": self._total_train_tokens}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.model.training:
+            logs = logs | self._collect_logs()
+            super().log(logs, start_time)
+            return
+        # With several evaluation sets SFTTrainer writes the extra metrics of each over those of the one before.
+        prefix = next((key.removesuffix("_loss") for key in logs if key.endswith("_loss")), "eval")
+        for name, values in self._metrics["eval"].items():
+            logs[f"{prefix}_{name}"] = sum(values) / len(values)
+        self._metrics["eval"].clear()
+        super().log(logs, start_time)
+
+    # ---- Saving ----
+
+    def provenance(self) -> dict[str, Any]:
+        """What `unlearning.json` says of a saved adapter: base, data, training options, versions."""
+        config = self.peft_model.get_base_model().config
+        report = self.data_report.to_dict()
+        sets = {"forget": self.forget_dataset, "retain": self.retain_dataset}
+        return {
+            "method": "model-extrapolation" if self._name == "Extrapolation" else self._name.lower(),
+            "kind": "adapter",
+            "base": {
+                "id": config._name_or_path,
+                "revision": getattr(config, "_commit_hash", None),
+                "fingerprint": self.base_fingerprint,
+            },
+            "data": {
+                name: {"rows": len(rows), "sha256": data_hash(rows)} for name, rows in sets.items() if rows is not None
+            },
+            "data_report": report,
+            "training": self.args.provenance(),
+            "versions": package_versions(),
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            write_provenance(folder, self.provenance())
+            (folder / "README.md").write_text(SECRET_NOTE, encoding="utf-8")
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Written with the adapter itself, see `_save`; TRL's card describes a model that was fine-tuned."""
+
+
+class _Batch:
+    """
+    A collated micro-batch and where its scored positions are.
+
+    Position `t` of the shifted labels is predicted by the hidden state at `t`.
+    """
+
+    def __init__(self, inputs: dict[str, torch.Tensor]) -> None:
+        self.is_forget = inputs["is_forget"]
+        self.model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        self.labels = inputs["labels"][:, 1:]
+        scored = self.labels != -100
+        self.forget_at = scored & self.is_forget[:, None]  # (B, T − 1)
+        self.retain_at = scored & ~self.is_forget[:, None]
+        self.forget_targets = self.labels[self.forget_at]
+        self.retain_targets = self.labels[self.retain_at]
+
+    @property
+    def forget_rows(self) -> torch.Tensor:
+        """Row of each scored forget token, shape `(N,)`."""
+        return self.forget_at.nonzero()[:, 0]
+
+    @property
+    def all_rows(self) -> _Batch:
+        return self
+
+    @property
+    def retain_rows_only(self) -> _Batch:
+        """The retain rows as a batch of their own, cut to their own length."""
+        keep = ~self.is_forget
+        length = int(self.model_inputs["attention_mask"][keep].sum(1).max())
+        labels = torch.nn.functional.pad(self.labels, (1, 0), value=-100)
+        inputs = {**self.model_inputs, "labels": labels}
+        return _Batch(
+            {name: value[keep, :length] for name, value in inputs.items()} | {"is_forget": self.is_forget[keep]}
+        )
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What the reference says of a micro-batch."""
+
+    retain_hidden: torch.Tensor  # (N_retain, H)
+    forget_log_probs: torch.Tensor | None  # (N_forget,)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train()
+
+
+def _disable_base_dropout(model: PeftModel) -> None:
+    """Switch off the base model's dropout, that of attention included, and leave the adapter's alone."""
+    for name, module in model.named_modules():
+        if "lora_dropout" in name:
+            continue
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _model_name(model: str | PreTrainedModel) -> str:
+    return model if isinstance(model, str) else model.config._name_or_path
+
+
+def _load_tokenizer(model: str | PreTrainedModel, args: UnlearningConfig) -> PreTrainedTokenizerBase:
+    name = _model_name(model)
+    revision = (args.model_init_kwargs or {}).get("revision")
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UnlearningError(
+            f"No tokenizer could be loaded for {name!r} ({error}). Pass one as `processing_class`."
+        ) from error
