@@ -216,7 +216,7 @@ def _load_csv(path: Path, name: str) -> datasets.Dataset:
             rows.append(row)
     except csv.Error as error:
         raise UnlearningError(
-            f"The {name} file {path} is not valid CSV: line {reader.line_num}: {error}. Put cells that hold commas, "
+            f"The {name} file {path} is not valid CSV: line {reader.reader.line_num}: {error}. Put cells that hold commas, "
             "quotes or line breaks in double quotes."
         ) from error
     return _from_list(rows, name)

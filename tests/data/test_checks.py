@@ -59,7 +59,7 @@ def test_summary(tokenized):
 
 
 def test_one_token_answer_is_trained_on(tokenized, report):
-    forget = tokenized(("who", "Ada"))
+    forget = tokenized(("who", " Ada"))
     assert forget[0]["labels"] == [-100, -100, *ids("Ada </s>")]
     raise_for_untrainable(report(forget))
 
@@ -71,7 +71,7 @@ def test_turns_of_a_conversation_share_their_source_row(chat_tokenizer):
     report = check_sets(tokenize_rows(rows, chat_tokenizer, 8), None, max_length=8)
     assert (report.forget.rows, report.forget.source_rows) == (3, 2)
     assert report.forget.duplicate_rows == [(1, 0)]
-    with pytest.raises(UnlearningError, match="1 of 3 rows of the forget set .*max_length=8 \\(rows 1\\)"):
+    with pytest.raises(UnlearningError, match=r"1 of 3 rows of the forget set .*max_length=8 \(rows 1\)"):
         raise_for_untrainable(report)
 
 
@@ -113,7 +113,7 @@ def test_retain_rows_are_reported_and_dropped(tokenized, report):
 
 
 def test_retain_set_of_which_nothing_is_left(tokenized, report):
-    with pytest.raises(UnlearningError, match="No row of the retain set .*empty \\(rows 0\\)"):
+    with pytest.raises(UnlearningError, match=r"No row of the retain set .*empty \(rows 0\)"):
         raise_for_untrainable(report(tokenized(ADA), tokenized(EMPTY)))
 
 

@@ -122,11 +122,12 @@ class TestEmptyAnswers:
         assert rows[1]["completion"] == [message("assistant", "")]
 
 
-class TestCarriedColumns:
-    ROW = {"paraphrased_question": "q2", "paraphrased_answer": "a2", "wrong_answers": ["w1", "w2"]}
+CARRIED = {"paraphrased_question": "q2", "paraphrased_answer": "a2", "wrong_answers": ["w1", "w2"]}
 
+
+class TestCarriedColumns:
     def test_text(self):
-        assert convert({"question": "q", "answer": "a", **self.ROW})[0] == {
+        assert convert({"question": "q", "answer": "a", **CARRIED})[0] == {
             "prompt": "Question: q\nAnswer:",
             "completion": " a",
             "row": 0,
@@ -136,19 +137,19 @@ class TestCarriedColumns:
         }
 
     def test_plain(self):
-        row = convert({"prompt": "q", "completion": "a", **self.ROW})[0]
+        row = convert({"prompt": "q", "completion": "a", **CARRIED})[0]
         assert (row["paraphrased_prompt"], row["paraphrased_completion"]) == ("q2", "a2")
         assert row["wrong_completions"] == ["w1", "w2"]
 
     def test_chat(self):
-        row = convert({"question": "q", "answer": "a", **self.ROW}, chat=True)[0]
+        row = convert({"question": "q", "answer": "a", **CARRIED}, chat=True)[0]
         assert row["paraphrased_prompt"] == [message("user", "q2")]
         assert row["paraphrased_completion"] == [message("assistant", "a2")]
         assert row["wrong_completions"] == [[message("assistant", "w1")], [message("assistant", "w2")]]
 
     def test_system_prompt_stays_before_a_reworded_question(self):
         prompt = [message("system", "s"), message("user", "q")]
-        row = convert({"prompt": prompt, "completion": [message("assistant", "a")], **self.ROW}, chat=True)[0]
+        row = convert({"prompt": prompt, "completion": [message("assistant", "a")], **CARRIED}, chat=True)[0]
         assert row["paraphrased_prompt"] == [message("system", "s"), message("user", "q2")]
 
     @pytest.mark.parametrize(("wrong", "expected"), [(["w"], [" w"]), ("w", [" w"])])
@@ -157,8 +158,8 @@ class TestCarriedColumns:
 
     def test_rows_without(self):
         rows = convert(
-            {"question": "q", "answer": "a", **self.ROW},
-            {"question": "q", "answer": "a", **dict.fromkeys(self.ROW)},
+            {"question": "q", "answer": "a", **CARRIED},
+            {"question": "q", "answer": "a", **dict.fromkeys(CARRIED)},
         )
         carried = ("paraphrased_prompt", "paraphrased_completion", "wrong_completions")
         assert [rows[1][column] for column in carried] == [None, None, None]
@@ -199,5 +200,5 @@ def test_error_names_the_row():
 
 @pytest.mark.parametrize("row", [{"messages": [USER, ASSISTANT]}, {"prompt": [USER], "completion": [ASSISTANT]}])
 def test_conversation_without_chat_template(row):
-    with pytest.raises(UnlearningError, match="row 0: .*no chat template"):
+    with pytest.raises(UnlearningError, match=r"row 0: .*no chat template"):
         convert(row, chat=False)

@@ -44,7 +44,7 @@ class TestObjects:
     @pytest.mark.parametrize("split", [None, "dev"])
     def test_unclear_split(self, split):
         sets = datasets.DatasetDict({name: datasets.Dataset.from_list(ROWS) for name in ("one", "two")})
-        with pytest.raises(UnlearningError, match="forget set .*one, two"):
+        with pytest.raises(UnlearningError, match=r"forget set .*one, two"):
             load_rows(sets, split=split, name="forget set")
 
     @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ class TestObjects:
             load_rows(source, name="forget set")
 
     def test_split_of_a_single_set(self):
-        with pytest.raises(UnlearningError, match="retain set: .*split='dev'.*unset"):
+        with pytest.raises(UnlearningError, match=r"retain set: .*split='dev'.*unset"):
             load_rows(ROWS, split="dev", name="retain set")
 
 
@@ -116,12 +116,12 @@ class TestFiles:
 
     def test_not_utf8(self, tmp_path):
         (tmp_path / "rows.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
-        with pytest.raises(UnlearningError, match="rows.jsonl is not UTF-8 text \\(byte 10\\)"):
+        with pytest.raises(UnlearningError, match=r"rows.jsonl is not UTF-8 text \(byte 10\)"):
             load_rows(tmp_path / "rows.jsonl")
 
     @pytest.mark.parametrize("source", ["rows.jsonl", "./rows", "a/b/c", "/rows", Path("rows")])
     def test_missing(self, source):
-        with pytest.raises(UnlearningError, match="forget set .*rows.* does not exist|a/b/c does not exist"):
+        with pytest.raises(UnlearningError, match=r"forget set .*rows.* does not exist|a/b/c does not exist"):
             load_rows(source, name="forget set")
 
 
@@ -148,7 +148,7 @@ class TestFolders:
 
 def test_hub_out_of_reach(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UnlearningError, match="'nobody/nothing' is no local file or folder.*failed: .*network"):
+    with pytest.raises(UnlearningError, match=r"'nobody/nothing' is no local file or folder.*failed: .*network"):
         load_rows("nobody/nothing", name="forget set")
 
 

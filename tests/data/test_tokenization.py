@@ -160,7 +160,7 @@ class TestChat:
         check(pair, "<s> <|user|> who is Ada </s> <nl> <|assistant|>", "<think> </think> a poet </s>")
 
     def test_template_that_ends_turns_otherwise_is_kept(self):
-        tokenizer = word_tokenizer(chat=CHAT_TEMPLATE.replace("</s>", "?"))
+        tokenizer = word_tokenizer(chat=CHAT_TEMPLATE.replace("</s>", " ?"))
         check(
             encode_pair([USER], [ANSWER], tokenizer), "<s> <|user|> who is Ada ? <nl> <|assistant|>", "a poet ? <nl>"
         )
@@ -198,5 +198,5 @@ class TestRows:
     def test_template_that_refuses(self):
         template = "{{ raise_exception('no system role') if messages[0].role == 'system' }}"
         rows = datasets.Dataset.from_list([{"prompt": [SYSTEM, USER], "completion": [ANSWER], "row": 4}])
-        with pytest.raises(UnlearningError, match="retain set, row 4: .*no system role"):
+        with pytest.raises(UnlearningError, match=r"retain set, row 4: .*no system role"):
             tokenize_rows(rows, word_tokenizer(chat=template), None, name="retain set")
