@@ -66,7 +66,7 @@ class QuickstartArguments:
     plant_epochs: int = field(default=5, metadata={"help": "Epochs of fine-tuning that plant the sample facts."})
     plant_learning_rate: float = field(default=3e-4, metadata={"help": "Its learning rate."})
     steps: int = field(default=10, metadata={"help": "Memorisation steps; each takes every forget row once."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the memorising adapter."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Learning rate of the memorising adapter."})
     memorization_temperature: float = field(
         default=4.0, metadata={"help": "Softmax temperature of the memorisation loss (the paper: 1)."}
     )
@@ -74,7 +74,7 @@ class QuickstartArguments:
     retain_kl_scale: float = field(
         default=-1.0, metadata={"help": "Adapter scale at which the retain KL is held (the paper: 1)."}
     )
-    retain_per_forget: int = field(default=2, metadata={"help": "Retain rows beside each forget row."})
+    retain_per_forget: int = field(default=1, metadata={"help": "Retain rows beside each forget row."})
     min_retain: float = field(default=0.95, metadata={"help": "Share of the retain probability that must remain."})
     auc_tolerance: float = field(
         default=0.1, metadata={"help": "Distance of the membership AUC from 0.5 that counts as not told apart."}
@@ -150,7 +150,9 @@ class Quickstart:
         """Keep finished stages only where they were made with the same options."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "settings.json"
-        settings = {key: value for key, value in asdict(self.arguments).items() if key not in ("output_dir", "dry_run")}
+        settings = {
+            key: value for key, value in asdict(self.arguments).items() if key not in ("output_dir", "dry_run")
+        }
         if path.exists() and json.loads(path.read_text()) != settings:
             raise UnlearningError(
                 f"{self.folder} holds a run with other options (see {path}). Name another --output_dir or delete it."
@@ -191,7 +193,7 @@ class Quickstart:
                 per_device_train_batch_size=8,
                 num_train_epochs=self.arguments.plant_epochs,
                 learning_rate=self.arguments.plant_learning_rate,
-                warmup_ratio=0.1,
+                warmup_steps=0.1,
                 bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
                 **self._training_options(),
             ),
@@ -236,9 +238,7 @@ class Quickstart:
         model, tokenizer = load_with_adapter(str(self.planted), LoraAdapter.load(self.adapter), "float32")
         sets = {name: prepare_set(rows, f"{name} set", tokenizer, 512) for name, rows in self.rows.items()}
         sweep = Sweep(model, tokenizer, sets, max_new_tokens=40)
-        choice = choose_alpha(
-            sweep, min_retain=self.arguments.min_retain, auc_tolerance=self.arguments.auc_tolerance
-        )
+        choice = choose_alpha(sweep, min_retain=self.arguments.min_retain, auc_tolerance=self.arguments.auc_tolerance)
         for alpha in dict.fromkeys([0.0, choice.alpha]):
             sweep.generate(alpha)
         return sweep, choice

@@ -146,6 +146,8 @@ def save_sweep(
         facts=facts,
         log_history=log_history,
         notes=[*(notes or []), SECURITY_NOTE],
+        min_retain=min_retain,
+        auc_tolerance=auc_tolerance,
     )
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_quantization_config
@@ -279,7 +278,7 @@ def _check_data(
     return report
 
 
-def _plan(arguments: TrainArguments, config: ExtrapolationConfig, model: LoraModelConfig, report: DataReport) -> Table:
+def _plan(arguments: TrainArguments, config: ExtrapolationConfig, model: LoraModelConfig, report: DataReport) -> str:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     batch = config.per_device_train_batch_size
     steps_an_epoch = math.ceil(report.forget.rows / (batch * config.gradient_accumulation_steps * processes))
@@ -294,8 +293,7 @@ def _plan(arguments: TrainArguments, config: ExtrapolationConfig, model: LoraMod
         dtype=torch.bfloat16 if config.bf16 else getattr(torch, model.dtype or "float32", torch.float32),
         gradient_checkpointing=config.gradient_checkpointing,
     )
-    table = Table("plan", "", show_header=False)
-    for label, value in {
+    lines = {
         "model": f"{model.model_name_or_path}, {memory.base_parameters:,} parameters",
         "adapter": f"LoRA rank {model.lora_r}, {memory.adapter_parameters:,} parameters",
         "steps": f"{steps} ({steps_an_epoch} an epoch)",
@@ -307,6 +305,5 @@ def _plan(arguments: TrainArguments, config: ExtrapolationConfig, model: LoraMod
         "writes": f"{config.output_dir}/adapter_model.safetensors ({memory.adapter_parameters * 4 / 1e6:.1f} MB), "
         "adapter_config.json, unlearning.json, tokenizer, trainer_state.json, checkpoint-*",
         "launch": arguments.accelerate_config or "this process",
-    }.items():
-        table.add_row(label, value)
-    return table
+    }
+    return "\n".join(f"{label + ':':<18}{value}" for label, value in lines.items())

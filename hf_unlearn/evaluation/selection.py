@@ -93,7 +93,12 @@ def choose_alpha(
 
 
 def _match_holdout(sweep: Sweep, points: list[SweepPoint], min_retain: float, tolerance: float) -> Choice:
-    best = min(points, key=lambda point: (abs(point.membership_auc - 0.5), point.alpha))
+    def distance(point: SweepPoint) -> tuple[float, float]:
+        """From the hold-out rows: by AUC, and where that is equal by the mean log-probability."""
+        forget, holdout = (point.mean(name, "log_probability") for name in ("forget", "holdout"))
+        return abs(point.membership_auc - 0.5), abs(forget - holdout)
+
+    best = min(points, key=distance)
     auc, share = best.membership_auc, _retain_share(sweep, best)
     met = best.alpha > 0 and abs(auc - 0.5) <= tolerance
     verdict = (

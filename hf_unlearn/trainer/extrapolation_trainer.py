@@ -15,8 +15,9 @@ from hf_unlearn.extrapolation.adapter import LoraAdapter, save_forget_adapter
 from hf_unlearn.extrapolation.live import extrapolated, save_live_forget_model
 from hf_unlearn.lm_head import LMHead
 from hf_unlearn.losses import cross_entropy, npo_memorization
+from hf_unlearn.trainer.batch import ForgetTokens, MicroBatch
 from hf_unlearn.trainer.extrapolation_config import ExtrapolationConfig
-from hf_unlearn.trainer.unlearning_trainer import ForgetTokens, UnlearningTrainer, _Batch
+from hf_unlearn.trainer.unlearning_trainer import UnlearningTrainer
 
 
 class ExtrapolationTrainer(UnlearningTrainer):
@@ -48,6 +49,7 @@ class ExtrapolationTrainer(UnlearningTrainer):
     _name = "Extrapolation"
     _tag_names = ["hf_unlearn", "unlearning", "model-extrapolation"]
     config_class = ExtrapolationConfig
+    method = "model-extrapolation"
     forget_loss_name = "memorization_loss"
 
     @property
@@ -64,7 +66,7 @@ class ExtrapolationTrainer(UnlearningTrainer):
             return npo_memorization(tokens.log_probs, tokens.reference_log_probs, tokens.rows, self.args.npo_beta)
         return cross_entropy(tokens.log_probs)
 
-    def _probe(self, model: nn.Module, batch: _Batch) -> None:
+    def _probe(self, model: nn.Module, batch: MicroBatch) -> None:
         """Measure the losses of the batch at the current −α, by rescaling the live adapter."""
         step = self.state.global_step + 1
         if not self.args.probe_steps or step % self.args.probe_steps:

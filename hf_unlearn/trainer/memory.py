@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -67,7 +66,7 @@ def estimate_memory(
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of weights and activations.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`): Whether activations are recomputed.
     """
-    with init_empty_weights():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         base_parameters = model.num_parameters()
         check_target_modules(model, peft_config)

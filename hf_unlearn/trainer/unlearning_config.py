@@ -38,8 +38,8 @@ class UnlearningConfig(SFTConfig):
             Passes over the forget set.
         weight_decay (`float`, *optional*, defaults to `0.01`):
             Weight decay of AdamW.
-        warmup_ratio (`float`, *optional*, defaults to `0.1`):
-            Share of the steps over which the learning rate rises to its value.
+        warmup_steps (`float`, *optional*, defaults to `0.1`):
+            Steps over which the learning rate rises to its value; below 1, their share of all steps.
         logging_steps (`float`, *optional*, defaults to `1`):
             Optimiser steps between two logs. Unlearning runs are short.
         bf16 (`bool`, *optional*):
@@ -80,8 +80,9 @@ class UnlearningConfig(SFTConfig):
     )
     num_train_epochs: float = field(default=10, metadata={"help": "Passes over the forget set."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
-    warmup_ratio: float = field(
-        default=0.1, metadata={"help": "Share of the steps over which the learning rate rises to its value."}
+    warmup_steps: float = field(
+        default=0.1,
+        metadata={"help": "Steps over which the learning rate rises to its value; below 1, their share of all steps."},
     )
     logging_steps: float = field(
         default=1, metadata={"help": "Optimiser steps between two logs. Unlearning runs are short."}

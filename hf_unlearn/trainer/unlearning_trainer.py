@@ -7,7 +7,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from hf_unlearn.extrapolation.linearity import check_lora_config, check_target_m
 from hf_unlearn.extrapolation.live import adapter_scale
 from hf_unlearn.extrapolation.provenance import package_versions, write_provenance
 from hf_unlearn.lm_head import LMHead, TokenScores, add_score_fn_to_forward
+from hf_unlearn.trainer.batch import ForgetTokens, MicroBatch, Reference
 from hf_unlearn.trainer.unlearning_config import UnlearningConfig
 
 
@@ -46,23 +46,6 @@ SECRET_NOTE = """# Memorising adapter: keep it private
 This adapter makes the base model *more* likely to state what it is meant to forget. Do not publish it. What is made to
 be shared is the forget model or the forget adapter that `hf-unlearn extrapolate` writes from it.
 """
-
-
-@dataclass(frozen=True)
-class ForgetTokens:
-    """
-    What a method knows of the `N` answer tokens of the forget rows in a micro-batch.
-
-    Args:
-        log_probs (`torch.Tensor` of shape `(N,)`): Log-probabilities under the model, with gradient.
-        rows (`torch.Tensor` of shape `(N,)`, int): Row of the micro-batch that each token belongs to.
-        reference_log_probs (`torch.Tensor` of shape `(N,)`, *optional*): The same under the reference, where the
-            method asks for it (`needs_forget_reference`).
-    """
-
-    log_probs: torch.Tensor
-    rows: torch.Tensor
-    reference_log_probs: torch.Tensor | None = None
 
 
 class _RunCallback(TrainerCallback):
@@ -123,6 +106,7 @@ class UnlearningTrainer(SFTTrainer):
     _name = "Unlearning"
     loss_is_scaled_for_ga = True  # normalised over the whole accumulated batch in `compute_loss`
     config_class = UnlearningConfig
+    method = "unlearning"  # as `unlearning.json` calls it
     needs_forget_reference = False  # whether `forget_loss` reads the reference's log-probabilities
     forget_temperature = 1.0  # temperature of the softmax behind `ForgetTokens.log_probs`
     forget_loss_name = "forget_loss"
@@ -265,7 +249,7 @@ class UnlearningTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if "is_forget" not in inputs:  # an evaluation set
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch = _Batch(inputs)
+        batch = MicroBatch(inputs)
         reference = self._reference_pass(model, batch) if self.uses_retain or self.needs_forget_reference else None
         self._probe(model, batch)
 
@@ -298,9 +282,9 @@ class UnlearningTrainer(SFTTrainer):
         # The counts are those of all processes, and DDP averages gradients over the processes.
         return loss * self.accelerator.num_processes
 
-    def _reference_pass(self, model: nn.Module, batch: _Batch) -> _Reference:
+    def _reference_pass(self, model: nn.Module, batch: MicroBatch) -> Reference:
         """Run the untouched model (adapter off, no gradient, no dropout) over the rows that need it."""
-        rows = batch.all_rows if self.needs_forget_reference else batch.retain_rows_only
+        rows = batch if self.needs_forget_reference else batch.retain_rows_only
 
         def score(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, torch.Tensor | None]:
             hidden = hidden[:, :-1]
@@ -311,9 +295,9 @@ class UnlearningTrainer(SFTTrainer):
             return hidden[rows.retain_at], log_probs
 
         with torch.no_grad(), self.peft_model.disable_adapter(), _eval_mode(model):
-            return _Reference(*model(**rows.model_inputs, score_fn=score))
+            return Reference(*model(**rows.model_inputs, score_fn=score))
 
-    def _probe(self, model: nn.Module, batch: _Batch) -> None:
+    def _probe(self, model: nn.Module, batch: MicroBatch) -> None:
         """A method may measure something else on the batch before the gradient forward."""
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
@@ -382,7 +366,7 @@ class UnlearningTrainer(SFTTrainer):
         report = self.data_report.to_dict()
         sets = {"forget": self.forget_dataset, "retain": self.retain_dataset}
         return {
-            "method": "model-extrapolation" if self._name == "Extrapolation" else self._name.lower(),
+            "method": self.method,
             "kind": "adapter",
             "base": {
                 "id": config._name_or_path,
@@ -406,52 +390,6 @@ class UnlearningTrainer(SFTTrainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Written with the adapter itself, see `_save`; TRL's card describes a model that was fine-tuned."""
-
-
-class _Batch:
-    """
-    A collated micro-batch and where its scored positions are.
-
-    Position `t` of the shifted labels is predicted by the hidden state at `t`.
-    """
-
-    def __init__(self, inputs: dict[str, torch.Tensor]) -> None:
-        self.is_forget = inputs["is_forget"]
-        self.model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        self.labels = inputs["labels"][:, 1:]
-        scored = self.labels != -100
-        self.forget_at = scored & self.is_forget[:, None]  # (B, T − 1)
-        self.retain_at = scored & ~self.is_forget[:, None]
-        self.forget_targets = self.labels[self.forget_at]
-        self.retain_targets = self.labels[self.retain_at]
-
-    @property
-    def forget_rows(self) -> torch.Tensor:
-        """Row of each scored forget token, shape `(N,)`."""
-        return self.forget_at.nonzero()[:, 0]
-
-    @property
-    def all_rows(self) -> _Batch:
-        return self
-
-    @property
-    def retain_rows_only(self) -> _Batch:
-        """The retain rows as a batch of their own, cut to their own length."""
-        keep = ~self.is_forget
-        length = int(self.model_inputs["attention_mask"][keep].sum(1).max())
-        labels = torch.nn.functional.pad(self.labels, (1, 0), value=-100)
-        inputs = {**self.model_inputs, "labels": labels}
-        return _Batch(
-            {name: value[keep, :length] for name, value in inputs.items()} | {"is_forget": self.is_forget[keep]}
-        )
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """What the reference says of a micro-batch."""
-
-    retain_hidden: torch.Tensor  # (N_retain, H)
-    forget_log_probs: torch.Tensor | None  # (N_forget,)
 
 
 @contextmanager

@@ -1,0 +1,313 @@
+"""The commands as a user runs them: in this process through `main`, and as processes where signals matter."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_rows
+from transformers import AutoModelForCausalLM
+
+import hf_unlearn
+from hf_unlearn.cli import COMMANDS, main
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_model_dir) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("cli")
+    sets = {name: write_rows(folder / f"{name}.jsonl", tiny_rows(6, seed)) for seed, name in enumerate("frh")}
+    return {"model": str(tiny_model_dir), "forget": sets["f"], "retain": sets["r"], "holdout": sets["h"]}
+
+
+def train_arguments(files, output_dir, *extra: str) -> list[str]:
+    return [
+        "train",
+        "--model_name_or_path",
+        files["model"],
+        "--forget_dataset",
+        files["forget"],
+        "--retain_dataset",
+        files["retain"],
+        "--output_dir",
+        str(output_dir),
+        "--learning_rate",
+        "1e-2",
+        "--disable_tqdm",
+        "true",
+        *extra,
+    ]
+
+
+@pytest.fixture(scope="module")
+def adapter(files, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("train") / "run"
+    assert main(train_arguments(files, folder)) == 0
+    return str(folder)
+
+
+class TestHelp:
+    def test_overview(self, capsys):
+        assert main([]) == 0
+        text = capsys.readouterr().out
+        assert all(command in text for command in COMMANDS)
+
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_each_command_teaches_with_an_example(self, command, capsys):
+        with pytest.raises(SystemExit) as exit:
+            main([command, "--help"])
+        assert exit.value.code == 0
+        text = capsys.readouterr().out
+        assert "example:" in text
+        assert f"hf-unlearn {command}" in text
+        assert "--dry_run" in text
+        assert "--fsdp" not in text  # inherited options are for --help_all
+
+    def test_help_all_explains_inherited_options(self, capsys):
+        with pytest.raises(SystemExit):
+            main(["train", "--help_all"])
+        text = capsys.readouterr().out
+        assert "--fsdp" in text
+        assert "--retain_kl_weight" in text
+
+    def test_version(self, capsys):
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out.strip() == f"hf-unlearn {hf_unlearn.__version__}"
+
+    def test_import_is_light(self):
+        code = (
+            "import sys, hf_unlearn, hf_unlearn.cli; print(sorted({'torch', 'trl', 'deepspeed'} & set(sys.modules)))"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == "[]"
+
+    def test_optional_packages_are_not_imported_unasked(self):
+        code = (
+            "import sys, hf_unlearn.trainer, hf_unlearn.cli.train, hf_unlearn.cli.sweep, hf_unlearn.cli.extrapolate\n"
+            "print(sorted({'deepspeed', 'bitsandbytes', 'gradio', 'evaluate'} & set(sys.modules)))"
+        )
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert result.stdout.strip() == "[]"
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            (["nonsense"], "nonsense"),
+            (["train", "--bogus", "1"], "--bogus"),
+            (["train", "--output_dir", "x"], "--model_name_or_path"),
+            (["train", "--config", "missing.yaml"], "missing.yaml"),
+            (
+                ["train", "--model_name_or_path", "MODEL", "--forget_dataset", "no.jsonl", "--output_dir", "x"],
+                "no.jsonl",
+            ),
+            (["train", "--model_name_or_path", "MODEL", "--output_dir", "x"], "--forget_dataset"),
+            (["train", "--model_name_or_path", "nobody/nothing", "--output_dir", "x", "--dry_run"], "nobody/nothing"),
+            (["train", "--packing", "true", "--output_dir", "x"], "packing"),
+            (["train", "--model_name_or_path", "MODEL", "--resume", "--output_dir", "x"], "--resume"),
+            (
+                ["train", "--model_name_or_path", "MODEL", "--use_dora", "--output_dir", "x", "--forget_dataset", "F"],
+                "use_dora",
+            ),
+            (["extrapolate"], "--adapter"),
+            (["extrapolate", "--adapter", "ADAPTER", "--output_dir", "x"], "--alpha"),
+            (["extrapolate", "--adapter", "ADAPTER", "--alpha", "-1", "--output_dir", "x"], "alpha"),
+            (["extrapolate", "--adapter", "ADAPTER", "--alpha", "1", "--output_dir", "x", "--dtype", "int8"], "dtype"),
+            (["extrapolate", "--adapter", "MODEL", "--alpha", "1", "--output_dir", "x"], "adapter_config.json"),
+            (["sweep", "--output_dir", "x"], "--adapter"),
+            (["sweep", "--adapter", "ADAPTER", "--output_dir", "x"], "--forget_dataset"),
+            (["sweep", "--adapter", "ADAPTER", "--output_dir", "x", "--alphas", "0"], "--alphas"),
+        ],
+    )
+    def test_message_names_the_option_and_nothing_is_written(
+        self, arguments, named, files, adapter, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.chdir(tmp_path)
+        replace = {"MODEL": files["model"], "ADAPTER": adapter, "F": files["forget"]}
+        assert main([replace.get(argument, argument) for argument in arguments]) == 2
+        error = capsys.readouterr().err
+        assert named in error
+        assert "Traceback" not in error
+        assert not (tmp_path / "x").exists()
+
+    def test_a_configuration_that_is_no_mapping(self, tmp_path, capsys):
+        (tmp_path / "list.yaml").write_text("- a\n- b\n")
+        assert main(["train", "--config", str(tmp_path / "list.yaml")]) == 2
+        assert "list.yaml" in capsys.readouterr().err
+
+    def test_an_unknown_key_of_a_configuration(self, tmp_path, capsys):
+        (tmp_path / "typo.yaml").write_text("learning_rat: 1\n")
+        assert main(["train", "--config", str(tmp_path / "typo.yaml")]) == 2
+        assert "learning_rat" in capsys.readouterr().err
+
+
+class TestTrain:
+    def test_outputs(self, adapter):
+        folder = Path(adapter)
+        names = {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "unlearning.json",
+            "trainer_state.json",
+            "README.md",
+        }
+        assert names <= {path.name for path in folder.iterdir()}
+
+    def test_an_earlier_run_is_not_overwritten_unasked(self, files, adapter, capsys):
+        before = (Path(adapter) / "adapter_model.safetensors").read_bytes()
+        assert main(train_arguments(files, adapter)) == 2
+        assert "--overwrite" in capsys.readouterr().err
+        assert (Path(adapter) / "adapter_model.safetensors").read_bytes() == before
+
+    def test_flags_win_over_the_configuration(self, files, tmp_path):
+        config = tmp_path / "train.yaml"
+        config.write_text(
+            f"model_name_or_path: {files['model']}\nforget_dataset: {files['forget']}\n"
+            f"retain_dataset: {files['retain']}\noutput_dir: {tmp_path / 'run'}\nnum_train_epochs: 7\nseed: 5\n"
+            "disable_tqdm: true\nretain_kl_weight: 2.5\n"
+        )
+        assert main(["train", "--config", str(config), "--num_train_epochs", "2"]) == 0
+        record = json.loads((tmp_path / "run" / "unlearning.json").read_text())["training"]
+        assert (record["num_train_epochs"], record["seed"], record["retain_kl_weight"]) == (2, 5, 2.5)
+
+    def test_dry_run_plans_and_writes_nothing(self, files, tmp_path, capsys):
+        assert main(train_arguments(files, tmp_path / "run", "--dry_run")) == 0
+        text = capsys.readouterr().out
+        assert "65,856 parameters" in text
+        assert "29,696 parameters" in text  # rank 16 on the seven projections of two layers
+        assert "10 (1 an epoch)" in text
+        assert not (tmp_path / "run").exists()
+
+    def test_dry_run_finds_bad_rows(self, files, tmp_path, capsys):
+        bad = write_rows(tmp_path / "bad.jsonl", [*tiny_rows(2, 1), {"prompt": "w5", "completion": ""}])
+        assert main(train_arguments(files | {"forget": bad}, tmp_path / "run", "--dry_run")) == 2
+        assert "2" in capsys.readouterr().err
+
+    def test_ctrl_c_leaves_a_state_that_resumes_to_the_same_adapter(self, files, tmp_path):
+        straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+        options = ["--num_train_epochs", "300", "--learning_rate", "1e-3"]
+        assert main(train_arguments(files, straight, *options)) == 0
+
+        command = [sys.executable, "-m", "hf_unlearn.cli", *train_arguments(files, stopped, *options)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in process.stdout:
+            if "'epoch': '20'" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 130, error
+        assert "--resume" in error
+        assert not (stopped / "adapter_model.safetensors").exists()
+        assert list(stopped.glob("checkpoint-*"))
+
+        assert main(train_arguments(files, stopped, *options, "--resume")) == 0
+        expected, resumed = (load_file(folder / "adapter_model.safetensors") for folder in (straight, stopped))
+        assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+    def test_under_accelerate_launch(self, files, tmp_path):
+        config = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
+        command = [sys.executable, "-m", "hf_unlearn.cli", *train_arguments(files, tmp_path / "run", "--use_cpu")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            [*command, "--accelerate_config", str(config)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+class TestExtrapolate:
+    def test_model(self, files, adapter, tmp_path, capsys):
+        assert main(["extrapolate", "--adapter", adapter, "--alpha", "2", "--output_dir", str(tmp_path / "m")]) == 0
+        assert "realised error" in capsys.readouterr().out
+        base, forget = (AutoModelForCausalLM.from_pretrained(path) for path in (files["model"], tmp_path / "m"))
+        factors = {k: v.double() for k, v in load_file(Path(adapter) / "adapter_model.safetensors").items()}
+        name = "model.layers.1.mlp.down_proj"
+        a, b = (factors[f"base_model.model.{name}.lora_{letter}.weight"] for letter in "AB")
+        theta_ref = base.get_submodule(name).weight.double()
+        theta_mem = theta_ref + 32 / 16 * b @ a
+        expected = (1 + 2) * theta_ref - 2 * theta_mem
+        assert (forget.get_submodule(name).weight.double() - expected).abs().max() < 1e-6
+
+    def test_dry_run_writes_nothing(self, adapter, tmp_path, capsys):
+        arguments = ["extrapolate", "--adapter", adapter, "--alpha", "2", "--output_dir", str(tmp_path / "m")]
+        assert main([*arguments, "--dry_run"]) == 0
+        assert "model.safetensors" in capsys.readouterr().out
+        assert not (tmp_path / "m").exists()
+
+    def test_an_existing_folder_is_kept_unless_asked(self, adapter, tmp_path, capsys):
+        arguments = ["extrapolate", "--adapter", adapter, "--output_dir", str(tmp_path / "a"), "--format", "adapter"]
+        assert main([*arguments, "--alpha", "1"]) == 0
+        assert main([*arguments, "--alpha", "2"]) == 2
+        assert "--overwrite" in capsys.readouterr().err
+        assert main([*arguments, "--alpha", "2", "--overwrite"]) == 0
+        assert json.loads((tmp_path / "a" / "unlearning.json").read_text())["alpha"] == 2
+
+    def test_another_base_is_refused(self, adapter, tmp_path, capsys):
+        from tiny import tiny_llama
+
+        tiny_llama(seed=9).save_pretrained(tmp_path / "other")
+        arguments = ["extrapolate", "--adapter", adapter, "--alpha", "1", "--output_dir", str(tmp_path / "m")]
+        assert main([*arguments, "--base", str(tmp_path / "other")]) == 2
+        assert not (tmp_path / "m").exists()
+
+
+class TestSweep:
+    def test_outputs_and_exit_code(self, files, adapter, tmp_path, capsys):
+        arguments = ["sweep", "--adapter", adapter, "--alphas", "0.25", "0.5", "--max_new_tokens", "4"]
+        for name in ("forget", "retain", "holdout"):
+            arguments += [f"--{name}_dataset", files[name]]
+        code = main([*arguments, "--output_dir", str(tmp_path / "s")])
+        names = {path.name for path in (tmp_path / "s").iterdir()}
+        assert names == {"sweep.csv", "sweep.json", "sweep.png", "choice.json", "report.html"}
+        choice = json.loads((tmp_path / "s" / "choice.json").read_text())
+        assert code == (0 if choice["met"] else 1)
+        assert choice["verdict"] in capsys.readouterr().out
+        assert main([*arguments, "--output_dir", str(tmp_path / "s")]) == 2
+
+    def test_dry_run(self, files, adapter, tmp_path, capsys):
+        arguments = ["sweep", "--adapter", adapter, "--output_dir", str(tmp_path / "s"), "--dry_run"]
+        assert main([*arguments, "--forget_dataset", files["forget"], "--retain_dataset", files["retain"]]) == 0
+        assert "6 forget, 6 retain" in capsys.readouterr().out
+        assert not (tmp_path / "s").exists()
+
+
+class TestQuickstart:
+    def test_dry_run(self, tmp_path, capsys):
+        arguments = ["quickstart", "--model", "anything", "--output_dir", str(tmp_path / "q"), "--dry_run"]
+        assert main(arguments) == 0
+        assert "10 forget, 30 retain, 10 holdout" in capsys.readouterr().out
+        assert not (tmp_path / "q").exists()
+
+    def test_a_model_that_cannot_forget_fails_the_rule_and_finished_stages_are_kept(
+        self, tiny_model_dir, tmp_path, capsys
+    ):
+        folder = tmp_path / "q"
+        arguments = ["quickstart", "--model", str(tiny_model_dir), "--output_dir", str(folder)]
+        arguments += ["--plant_epochs", "1", "--steps", "1", "--min_retain", "0.999999", "--auc_tolerance", "0"]
+        assert main(arguments) == 1
+        assert (folder / "result" / "report.html").exists()
+        stamp = (folder / "planted-model" / "model.safetensors").stat().st_mtime_ns
+        time.sleep(0.01)
+        capsys.readouterr()
+        assert main(arguments) == 1
+        assert "kept" in capsys.readouterr().out
+        assert (folder / "planted-model" / "model.safetensors").stat().st_mtime_ns == stamp
+        assert main([*arguments, "--steps", "2"]) == 2
+        assert "other options" in capsys.readouterr().err
