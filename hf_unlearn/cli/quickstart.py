@@ -215,6 +215,7 @@ class Quickstart:
                 args=ExtrapolationConfig(
                     output_dir=str(self.folder / "memorising"),
                     per_device_train_batch_size=len(self.rows["forget"]),  # the full forget set a step: less noise
+                    warmup_steps=0,  # its first step would have a learning rate of zero
                     num_train_epochs=a.steps,
                     learning_rate=a.learning_rate,
                     memorization_temperature=a.memorization_temperature,

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich import box
 from rich.table import Table
 
 from hf_unlearn.cli import EXIT_FAILED, EXIT_OK
@@ -151,27 +152,28 @@ def save_sweep(
     )
 
 
+TABLE_COLUMNS = {
+    "alpha": "α",
+    "forget_probability": "forget\nprob",
+    "forget_exact_memorization": "forget\nEM",
+    "forget_extraction_strength": "forget\nES",
+    "forget_rouge_l": "forget\nROUGE",
+    "retain_probability": "retain\nprob",
+    "retain_exact_memorization": "retain\nEM",
+    "retain_rouge_l": "retain\nROUGE",
+    "holdout_probability": "hold-out\nprob",
+    "membership_auc": "AUC",
+}
+
+
 def sweep_table(points: list[SweepPoint], choice: Choice) -> Table:
-    """The figures of a sweep, the chosen α marked."""
+    """The main figures of a sweep within 80 columns, the chosen α marked; `sweep.csv` has all of them."""
     summaries = [point.summary() for point in points]
-    columns = list(dict.fromkeys(name for summary in summaries for name in summary))
-    table = Table(*[_short(name) for name in columns])
+    columns = {name: title for name, title in TABLE_COLUMNS.items() if any(name in summary for summary in summaries)}
+    table = Table(*columns.values(), box=box.SIMPLE, pad_edge=False, padding=(0, 1))
     for summary in summaries:
+        chosen = summary["alpha"] == choice.alpha
         cells = [f"{summary[name]:.3f}" if name in summary else "" for name in columns]
-        cells[0] = f"{summary['alpha']:g}" + (" ◀" if summary["alpha"] == choice.alpha else "")
-        table.add_row(*cells, style="bold" if summary["alpha"] == choice.alpha else None)
+        cells[0] = f"{summary['alpha']:.3g}" + (" *" if chosen else "")
+        table.add_row(*cells, style="bold" if chosen else None)
     return table
-
-
-def _short(name: str) -> str:
-    """A column's name that fits a terminal: `forget_exact_memorization` → `forget EM`."""
-    for metric, short in {
-        "exact_memorization": "EM",
-        "extraction_strength": "ES",
-        "probability": "prob",
-        "rouge_l": "ROUGE-L",
-        "membership_auc": "AUC",
-        "alpha": "α",
-    }.items():
-        name = name.replace(metric, short)
-    return name.replace("_", "\n")

@@ -18,7 +18,7 @@ def generate_answers(
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int = 64,
     batch_size: int = 16,
-    progress: bool = False,
+    progress: str | None = None,
 ) -> list[str]:
     """
     Answer prompts by greedy decoding, left-padded, until EOS.
@@ -34,8 +34,8 @@ def generate_answers(
             Longest answer.
         batch_size (`int`, *optional*, defaults to `16`):
             Prompts in a batch.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
+        progress (`str`, *optional*):
+            Label of a progress bar; none is shown if not given.
 
     Returns:
         `list[str]`: the answers without special tokens and outer white space, in the order of the prompts.
@@ -53,7 +53,7 @@ def generate_answers(
     was_training = model.training
     model.eval()
     try:
-        for start in tqdm(range(0, len(order), batch_size), desc="Generating", disable=not progress, leave=False):
+        for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, leave=False):
             indices = order[start : start + batch_size]
             length = max(len(encoded[index]) for index in indices)
             padding = [length - len(encoded[index]) for index in indices]

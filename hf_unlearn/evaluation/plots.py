@@ -103,15 +103,14 @@ def figure_of(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def to_svg(figure: Figure, prefix: str, label: str) -> str:
+def to_svg(figure: Figure, prefix: str) -> str:
     """
     A figure as an `<svg>` element for an HTML page: transparent, in the page's ink, its colours the page's variables
-    (see `CSS_VARIABLES`) where it has them.
+    (see `CSS_VARIABLES`) where it has them, its panel titles what screen readers say.
 
     Args:
         figure (`Figure`): The figure.
         prefix (`str`): Start of all its ids, unique in the page.
-        label (`str`): What screen readers say.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context(RC):
@@ -119,7 +118,8 @@ def to_svg(figure: Figure, prefix: str, label: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace("xlink:href=", "href=")
-    root = rf'<svg viewBox="\1" role="img" aria-label="{html.escape(label)}">'
+    label = html.escape("; ".join(axes.get_title(loc="left") for axes in figure.axes))
+    root = rf'<svg viewBox="\1" role="img" aria-label="{label}">'
     svg = re.sub(r'<svg[^>]*viewBox="([^"]*)"[^>]*>', root, svg, count=1)
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would style the whole page
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{prefix}-", svg)
@@ -187,7 +187,13 @@ def training_panels(log_history: list[dict[str, Any]]) -> list[Panel]:
             ({"retain_kl": {"color": BLUE, "label": "Retain KL"}}, "Drift on the retain rows", "nats per token", None),
             (accuracies, "Token accuracy while memorising", "Share of the answer tokens", 1.0),
         )
-        if (present := {key: style for key, style in series.items() if any(key in entry for entry in log_history)})
+        if (
+            present := {
+                key: style
+                for key, style in series.items()
+                if any(key in entry and "step" in entry for entry in log_history)
+            }
+        )
     ]
 
 

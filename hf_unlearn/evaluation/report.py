@@ -109,8 +109,8 @@ def write_report(
         answers=_answers(sweep, columns),
         points=sweep.points,
         table_metrics=_table_metrics(sweep.points),
-        sweep_plots=_svgs(sweep_panels(sweep.points, choice, min_retain, auc_tolerance), "sweep", "Curves over α"),
-        training_plots=_svgs(training_panels(log_history or []), "training", "Training curves"),
+        sweep_plots=_svgs(sweep_panels(sweep.points, choice, min_retain, auc_tolerance), "sweep"),
+        training_plots=_svgs(training_panels(log_history or []), "training"),
         facts=facts or {},
         notes=notes,
     )
@@ -181,9 +181,9 @@ def _set_label(name: str) -> str:
     return SET_LABELS.get(name, name)
 
 
-def _svgs(panels: Sequence[Panel], prefix: str, label: str) -> list[str]:
+def _svgs(panels: Sequence[Panel], prefix: str) -> list[str]:
     """Each panel as an `<svg>` of its own, so that they stand side by side on a desktop and stack on a phone."""
-    return [to_svg(figure_of([panel]), f"{prefix}{number}", label) for number, panel in enumerate(panels)]
+    return [to_svg(figure_of([panel]), f"{prefix}{number}") for number, panel in enumerate(panels)]
 
 
 def _number(value: float | None, digits: int = 3) -> str:
@@ -204,6 +204,7 @@ def _template() -> jinja2.Template:
     )
     environment.filters |= {
         "number": _number,
+        "share": lambda value: 0 if value is None or math.isnan(value) else value,
         "alpha": lambda value: f"{value:.4g}".replace("-", "−"),
         "set_label": _set_label,
         "metric_label": lambda name: METRICS[name][0] if name in METRICS else name.replace("_", " ").capitalize(),

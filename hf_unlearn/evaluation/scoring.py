@@ -36,7 +36,7 @@ def score_rows(
     dataset: datasets.Dataset,
     eos_token_id: int | None,
     batch_size: int = 16,
-    progress: bool = False,
+    progress: str | None = None,
 ) -> list[RowScores]:
     """
     Score the answers of a tokenised set in one forward pass, in the order of its rows.
@@ -52,8 +52,8 @@ def score_rows(
             The EOS token of the tokenizer.
         batch_size (`int`, *optional*, defaults to `16`):
             Rows in a forward pass. It does not change the values.
-        progress (`bool`, *optional*, defaults to `False`):
-            Whether to show a progress bar.
+        progress (`str`, *optional*):
+            Label of a progress bar; none is shown if not given.
     """
     causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
     device = causal_lm.get_input_embeddings().weight.device
@@ -65,7 +65,7 @@ def score_rows(
     model.eval()
     try:
         starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc="Scoring", disable=not progress, leave=False):
+        for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
             indices = order[start : start + batch_size]
             ids, mask, labels = _pad_rows([(rows["input_ids"][i], rows["labels"][i]) for i in indices], device)
             at = labels != IGNORED

@@ -12,7 +12,6 @@ from typing import Any
 import datasets
 import numpy as np
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from hf_unlearn.errors import UnlearningError
@@ -82,6 +81,8 @@ class Sweep:
             Rows in a forward pass.
         max_new_tokens (`int`, *optional*, defaults to `64`):
             Longest generated answer.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show progress bars.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Sweep:
         sets: dict[str, datasets.Dataset],
         batch_size: int = 16,
         max_new_tokens: int = 64,
+        progress: bool = True,
     ) -> None:
         for name in ("forget", "retain"):
             if name not in sets:
@@ -103,6 +105,7 @@ class Sweep:
         self.sets = sets
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
+        self.progress = progress
         self._points: dict[float, SweepPoint] = {}
 
     @property
@@ -122,7 +125,8 @@ class Sweep:
             point = SweepPoint(alpha)
             with extrapolated(self.model, alpha):
                 for name, rows in self.sets.items():
-                    scores = score_rows(self.model, rows, self.tokenizer.eos_token_id, self.batch_size)
+                    label = f"α = {alpha:g}: scoring {name} rows" if self.progress else None
+                    scores = score_rows(self.model, rows, self.tokenizer.eos_token_id, self.batch_size, label)
                     point.rows[name] = {
                         metric: [function(row) for row in scores] for metric, function in ROW_METRICS.items()
                     }
@@ -140,8 +144,9 @@ class Sweep:
                 if name in point.answers:
                     continue
                 rows = self.sets[name]
+                label = f"α = {alpha:g}: answering {name} rows" if self.progress else None
                 answers = generate_answers(
-                    self.model, rows["prompt"], self.tokenizer, self.max_new_tokens, self.batch_size
+                    self.model, rows["prompt"], self.tokenizer, self.max_new_tokens, self.batch_size, label
                 )
                 point.answers[name] = answers
                 point.rows[name]["rouge_l"] = [
@@ -150,17 +155,16 @@ class Sweep:
                 ]
         return point
 
-    def run(self, alphas: Iterable[float], generate: bool = False, progress: bool = True) -> list[SweepPoint]:
+    def run(self, alphas: Iterable[float], generate: bool = False) -> list[SweepPoint]:
         """
         Evaluate the reference and a grid of α.
 
         Args:
             alphas (iterable of `float`): Extrapolation strengths.
             generate (`bool`, *optional*, defaults to `False`): Whether to generate answers at each of them too.
-            progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar.
         """
         grid = sorted({0.0, *map(float, alphas)})
-        for alpha in tqdm(grid, desc="Sweeping α", disable=not progress):
+        for alpha in grid:
             self.evaluate(alpha)
             if generate:
                 self.generate(alpha)

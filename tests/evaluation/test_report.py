@@ -67,7 +67,11 @@ def make_choice(alpha: float = 2.0, met: bool = True) -> Choice:
 
 
 def write(tmp_path, sweep=None, choice=None, **options) -> str:
-    options = {"facts": {"Base model": "tiny <b>"}, "log_history": LOG, "notes": ["Keep ΔW & co. private."]} | options
+    options = {
+        "facts": {"Base model": "tiny <b>"},
+        "log_history": LOG,
+        "notes": [f"Keep ΔW private. {HOSTILE}"],
+    } | options
     path = write_report(
         tmp_path / "new folder" / "report.html",
         title=f"Report {HOSTILE}",
@@ -136,7 +140,7 @@ def test_escapes_everything_it_was_given(tmp_path):
     assert "<script" not in text and "<b>" not in text
     assert page.of("title") == page.of("h1") == [f"Report {HOSTILE}"]
     assert HOSTILE in page.of("h4") and f"{HOSTILE} secret" in page.of("p")
-    assert "tiny <b>" in page.of("td") and "Keep ΔW & co. private." in page.of("p")
+    assert "tiny <b>" in page.of("td") and f"Keep ΔW private. {HOSTILE}" in page.of("p")
 
 
 @pytest.mark.parametrize("met", [True, False])
@@ -229,4 +233,4 @@ def chromium(tmp_path, page, *options: str) -> str:
     quiet = "--disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *quiet.split()]
     command += [f"--user-data-dir={tmp_path / 'profile'}", *options, page.as_uri()]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout

@@ -103,7 +103,7 @@ def sweep():
         )
         for seed, name in enumerate(("forget", "retain", "holdout"))
     }
-    return Sweep(model, tokenizer, sets, max_new_tokens=4)
+    return Sweep(model, tokenizer, sets, max_new_tokens=4, progress=False)
 
 
 def test_sweep_equals_a_model_merged_by_hand(sweep):
@@ -124,7 +124,7 @@ def test_sweep_equals_a_model_merged_by_hand(sweep):
 
 
 def test_sweep_files(sweep, tmp_path):
-    sweep.run([0.5, 1.0], generate=True, progress=False)
+    sweep.run([0.5, 1.0], generate=True)
     sweep.save(tmp_path)
     with open(tmp_path / "sweep.csv", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
