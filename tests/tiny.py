@@ -22,24 +22,24 @@ def tiny_tokenizer():
     )
 
 
-def tiny_llama(seed: int = 0):
-    """A random Llama of two layers and 64 dimensions."""
+def tiny_llama(seed: int = 0, **options) -> LlamaForCausalLM:
+    """A random Llama of two layers and 64 dimensions; `options` override its configuration."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,  # so that distributions are far from uniform
-    )
-    return LlamaForCausalLM(config)
+    defaults = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,  # so that distributions are far from uniform
+    }
+    return LlamaForCausalLM(LlamaConfig(**defaults | options))
 
 
 def tiny_rows(count: int, seed: int, longest: int = 7) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.arithmetic import RealisedError, check_alpha, lora_delta
 from hf_unlearn.extrapolation.checkpoint import SafetensorsFile, atomic_folder, resolve_folder, write_shard
 from hf_unlearn.extrapolation.linearity import check_lora_config
-from hf_unlearn.extrapolation.provenance import PROVENANCE_FILE, forget_provenance, read_provenance, write_provenance
+from hf_unlearn.extrapolation.provenance import PROVENANCE_FILE, package_versions, read_provenance, write_provenance
 
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -115,6 +115,42 @@ class LoraAdapter:
         """The memorising update `s * B @ A` of `module` in fp32, in the orientation of the base weight."""
         pair = self.modules[module]
         return lora_delta(pair.A, pair.B, pair.scaling, pair.fan_in_fan_out)
+
+    def forget_provenance(
+        self,
+        kind: str,
+        alpha: float,
+        dtype: torch.dtype,
+        errors: RealisedError,
+        base: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """
+        Content of the `unlearning.json` of a forget model or forget adapter made from this adapter.
+
+        Args:
+            kind (`str`): `"forget-model"` or `"forget-adapter"`.
+            alpha (`float`): The extrapolation factor.
+            dtype (`torch.dtype`): Dtype of the changed tensors.
+            errors (`RealisedError`): What the cast to that dtype cost.
+            base (`dict`, *optional*): Id, revision and fingerprint of the base; those the adapter names if not given.
+        """
+        named = {
+            "id": self.config.base_model_name_or_path,
+            "revision": self.config.revision,
+            "fingerprint": None,
+        }
+        return {
+            "method": "model-extrapolation",
+            "kind": kind,
+            "alpha": alpha,
+            "operator": "scale",
+            "dtype": str(dtype).removeprefix("torch."),
+            "base": {**named, **(base or {})},
+            "adapter": {"id": self.id, "sha256": self.sha256},
+            "realised_error": errors.to_dict(),
+            "versions": package_versions(),
+            "data": self.provenance.get("data", {}),
+        }
 
     def refuse_forget_adapter(self) -> None:
         """Raise when the adapter is itself the result of an extrapolation."""
@@ -231,7 +267,7 @@ def save_forget_adapter(
         _plain_config(adapter.config).save_pretrained(str(folder))
         dtype = next(iter(adapter.modules.values())).B.dtype
         base = adapter.provenance.get("base")
-        write_provenance(folder, forget_provenance(FORGET_ADAPTER_KIND, adapter, alpha, dtype, errors, base))
+        write_provenance(folder, adapter.forget_provenance(FORGET_ADAPTER_KIND, alpha, dtype, errors, base))
     return Path(output_dir)
 
 

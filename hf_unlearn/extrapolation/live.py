@@ -29,7 +29,7 @@ from hf_unlearn.extrapolation.checkpoint import atomic_folder
 from hf_unlearn.extrapolation.fingerprint import is_quantised
 from hf_unlearn.extrapolation.linearity import check_lora_config
 from hf_unlearn.extrapolation.model_config import set_config_dtype
-from hf_unlearn.extrapolation.provenance import forget_provenance, write_provenance
+from hf_unlearn.extrapolation.provenance import write_provenance
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def save_live_forget_model(
         set_config_dtype(folder, written)
         tokenizer.save_pretrained(folder)
         write_provenance(
-            folder, forget_provenance("forget-model", adapter, alpha, written, errors, adapter.provenance.get("base"))
+            folder, adapter.forget_provenance("forget-model", alpha, written, errors, adapter.provenance.get("base"))
         )
     return Path(output_dir)
 

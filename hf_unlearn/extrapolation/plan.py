@@ -25,7 +25,7 @@ from hf_unlearn.extrapolation.checkpoint import (
 )
 from hf_unlearn.extrapolation.fingerprint import fingerprint_files, verify_fingerprint_files
 from hf_unlearn.extrapolation.model_config import CONFIG_FILE, read_model_config
-from hf_unlearn.extrapolation.provenance import PROVENANCE_FILE, forget_provenance
+from hf_unlearn.extrapolation.provenance import PROVENANCE_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class MergePlan:
     def provenance(self, errors: RealisedError) -> dict[str, Any]:
         """Content of the `unlearning.json` of the merged model; the dtype is that of the first adapted tensor."""
         dtype = TORCH_DTYPES[self.output_dtype(self.checkpoint.info(next(iter(self.adapted))))]
-        return forget_provenance("forget-model", self.adapter, self.alpha, dtype, errors, self.base)
+        return self.adapter.forget_provenance("forget-model", self.alpha, dtype, errors, self.base)
 
 
 def plan_merge(

@@ -5,16 +5,9 @@ from __future__ import annotations
 import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import Any
 
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.extrapolation.arithmetic import RealisedError
-
-
-if TYPE_CHECKING:
-    from hf_unlearn.extrapolation.adapter import LoraAdapter
 
 
 PROVENANCE_FILE = "unlearning.json"
@@ -39,44 +32,6 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def forget_provenance(
-    kind: str,
-    adapter: LoraAdapter,
-    alpha: float,
-    dtype: torch.dtype,
-    errors: RealisedError,
-    base: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """
-    Content of the `unlearning.json` of a forget model or forget adapter.
-
-    Args:
-        kind (`str`): `"forget-model"` or `"forget-adapter"`.
-        adapter (`LoraAdapter`): The memorising adapter.
-        alpha (`float`): The extrapolation factor.
-        dtype (`torch.dtype`): Dtype of the changed tensors.
-        errors (`RealisedError`): What the cast to that dtype cost.
-        base (`dict`, *optional*): Id, revision and fingerprint of the base; those the adapter names if not given.
-    """
-    named = {
-        "id": adapter.config.base_model_name_or_path,
-        "revision": adapter.config.revision,
-        "fingerprint": None,
-    }
-    return {
-        "method": "model-extrapolation",
-        "kind": kind,
-        "alpha": alpha,
-        "operator": "scale",
-        "dtype": str(dtype).removeprefix("torch."),
-        "base": {**named, **(base or {})},
-        "adapter": {"id": adapter.id, "sha256": adapter.sha256},
-        "realised_error": errors.to_dict(),
-        "versions": package_versions(),
-        "data": adapter.provenance.get("data", {}),
-    }
 
 
 def write_provenance(folder: str | Path, content: dict[str, Any]) -> Path:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import peft
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from hf_unlearn.extrapolation import fingerprint_model, write_provenance
 
@@ -16,18 +17,7 @@ GPT2_TARGETS = ["c_attn", "c_proj", "c_fc"]
 
 
 def build_llama(seed: int = 0, tied: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    return tiny_llama(seed, vocab_size=128, tie_word_embeddings=tied, initializer_range=0.02).to(dtype).eval()
 
 
 def build_gpt2(seed: int = 0) -> GPT2LMHeadModel:
