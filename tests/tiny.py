@@ -13,7 +13,7 @@ VOCABULARY = 64
 
 
 def tiny_tokenizer():
-    """One token a word: `w4` … `w63` after the special tokens, and a chat template."""
+    """One token a word: `w4` … `w63` after the special tokens."""
     words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{index}" for index in range(4, VOCABULARY))]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -19,7 +19,7 @@ from trl import TrlParser
 
 from hf_unlearn.data import drop_untrainable, load_rows, to_prompt_completion, tokenize_rows
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.extrapolation import LoraAdapter
+from hf_unlearn.extrapolation import LoraAdapter, SafetensorsCheckpoint, resolve_model, verify_fingerprint_files
 
 
 console = Console(soft_wrap=True)
@@ -166,14 +166,13 @@ def base_of(adapter: LoraAdapter, base: str | None) -> str:
     return name
 
 
-def load_with_adapter(base: str, adapter: LoraAdapter, dtype: str) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load a base model with its adapter, live, and the tokenizer; the adapter's record must name this base."""
-    from hf_unlearn.extrapolation import resolve_model, verify_fingerprint_files
-    from hf_unlearn.extrapolation.checkpoint import SafetensorsCheckpoint
-
+def load_with_adapter(
+    base: str, adapter: LoraAdapter, dtype: str, check_base: bool = True
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Load a base model with its adapter, live, and the tokenizer; by the adapter's record it must be this base."""
     folder = resolve_model(base)
     fingerprint = (adapter.provenance.get("base") or {}).get("fingerprint")
-    if fingerprint is not None:
+    if check_base and fingerprint is not None:
         verify_fingerprint_files(fingerprint, SafetensorsCheckpoint(folder))
     with quiet_loading():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)

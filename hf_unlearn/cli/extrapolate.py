@@ -36,7 +36,7 @@ class ExtrapolateArguments:
         format (`str`, *optional*, defaults to `"model"`): `"model"` or `"adapter"`.
         dtype (`str`, *optional*): Dtype of the model.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing folder.
-        skip_base_check (`bool`, *optional*, defaults to `False`): Whether to take another base than the recorded one.
+        check_base (`bool`, *optional*, defaults to `True`): Whether to refuse another base than the recorded one.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to check and plan only.
     """
 
@@ -60,8 +60,8 @@ class ExtrapolateArguments:
         metadata={"help": "float32, bfloat16 or float16; the base's if not given. The error of rounding is recorded."},
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace --output_dir if it exists."})
-    skip_base_check: bool = field(
-        default=False, metadata={"help": "Merge although the base is not the recorded one. You know why."}
+    check_base: bool = field(
+        default=True, metadata={"help": "Refuse a base other than the one the adapter was trained on."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Check everything, print what would be written."})
 
@@ -95,7 +95,7 @@ def _write_model(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> int:
     options = {
         "revision": arguments.base_revision,
         "dtype": arguments.dtype,
-        "check_base": not arguments.skip_base_check,
+        "check_base": arguments.check_base,
     }
     if arguments.dry_run:
         plan = plan_merge(base, adapter, arguments.alpha, arguments.output_dir, **options)

@@ -8,8 +8,10 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import datasets
 import torch
@@ -125,7 +127,7 @@ class Quickstart:
             f"2. {self.adapter}: LoRA, {a.steps} steps of {len(self.rows['forget'])} forget and "
             f"{len(self.rows['forget']) * a.retain_per_forget} retain rows\n"
             f"3. {self.result}: forget-model, forget-adapter, report.html, sweep.csv, sweep.json, sweep.png, choice.json\n"
-            "About 1.2 GB of disk and 4 GB of memory with SmolLM2-135M."
+            "About 1.2 GB of disk and 5.5 GB of memory with SmolLM2-135M."
         )
 
     def run(self) -> Choice:
@@ -161,13 +163,14 @@ class Quickstart:
             raise UnlearningError(f"{self.folder} holds other files. Name another --output_dir.")
         path.write_text(json.dumps(settings, indent=2))
 
-    def _timed(self, name: str, folder: Path, stage) -> None:
+    def _timed(self, name: str, folder: Path, stage: Callable[[str], None]) -> None:
         if folder.exists():
             console.print(f"{name}: {folder} is there, kept.")
             return
         console.rule(name)
         start = time.monotonic()
-        stage()
+        with TemporaryDirectory(prefix=".work-", dir=self.folder) as work:
+            stage(work)
         self.seconds[name] = time.monotonic() - start
 
     def _training_options(self) -> dict:
@@ -181,7 +184,7 @@ class Quickstart:
             "max_length": 512,
         }
 
-    def _plant(self) -> None:
+    def _plant(self, work: str) -> None:
         """Fine-tune the facts in, so that there is something to forget."""
         model, tokenizer = load_model(self.arguments.model)
         facts = datasets.concatenate_datasets([self.rows["forget"], self.rows["retain"]])
@@ -189,7 +192,7 @@ class Quickstart:
         trainer = SFTTrainer(
             model=model,
             args=SFTConfig(
-                output_dir=str(self.folder / "planting"),
+                output_dir=work,
                 per_device_train_batch_size=8,
                 num_train_epochs=self.arguments.plant_epochs,
                 learning_rate=self.arguments.plant_learning_rate,
@@ -206,14 +209,14 @@ class Quickstart:
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
 
-    def _memorise(self) -> None:
+    def _memorise(self, work: str) -> None:
         """Train the memorising adapter."""
         a = self.arguments
         with quiet_loading():
             trainer = ExtrapolationTrainer(
                 model=str(self.planted),
                 args=ExtrapolationConfig(
-                    output_dir=str(self.folder / "memorising"),
+                    output_dir=work,
                     per_device_train_batch_size=len(self.rows["forget"]),  # the full forget set a step: less noise
                     warmup_steps=0,  # its first step would have a learning rate of zero
                     num_train_epochs=a.steps,

@@ -6,8 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 
 from hf_unlearn.cli import EXIT_FAILED, EXIT_OK
 from hf_unlearn.cli.common import (
@@ -59,6 +58,7 @@ class SweepArguments(EvaluationDataArguments):
         max_length (`int`, *optional*, defaults to `1024`): Longest sequence.
         batch_size (`int`, *optional*, defaults to `16`): Rows in a forward pass.
         dtype (`str`, *optional*, defaults to `"float32"`): Dtype the model is loaded in.
+        check_base (`bool`, *optional*, defaults to `True`): Whether to refuse another base than the recorded one.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing folder.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to check and plan only.
     """
@@ -85,6 +85,9 @@ class SweepArguments(EvaluationDataArguments):
     max_length: int = field(default=1024, metadata={"help": "Longest sequence, in tokens."})
     batch_size: int = field(default=16, metadata={"help": "Rows in a forward pass."})
     dtype: str = field(default="float32", metadata={"help": "Dtype the base model is loaded in."})
+    check_base: bool = field(
+        default=True, metadata={"help": "Refuse a base other than the one the adapter was trained on."}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace --output_dir if it exists."})
     dry_run: bool = field(default=False, metadata={"help": "Check everything, print what would be evaluated."})
 
@@ -107,7 +110,7 @@ def run(argv: list[str]) -> int:
         console.print(f"Would evaluate {base} with {adapter.id} at α = 0 and {alphas} on {counts} rows.")
         return EXIT_OK
 
-    model, tokenizer = load_with_adapter(base, adapter, arguments.dtype)
+    model, tokenizer = load_with_adapter(base, adapter, arguments.dtype, arguments.check_base)
     sets = {
         name: prepare_set(set_rows, f"{name} set", tokenizer, arguments.max_length) for name, set_rows in rows.items()
     }
@@ -161,7 +164,7 @@ TABLE_COLUMNS = {
     "retain_probability": "retain\nprob",
     "retain_exact_memorization": "retain\nEM",
     "retain_rouge_l": "retain\nROUGE",
-    "holdout_probability": "hold-out\nprob",
+    "holdout_probability": "holdout\nprob",
     "membership_auc": "AUC",
 }
 
@@ -170,10 +173,11 @@ def sweep_table(points: list[SweepPoint], choice: Choice) -> Table:
     """The main figures of a sweep within 80 columns, the chosen α marked; `sweep.csv` has all of them."""
     summaries = [point.summary() for point in points]
     columns = {name: title for name, title in TABLE_COLUMNS.items() if any(name in summary for summary in summaries)}
-    table = Table(*columns.values(), box=box.SIMPLE, pad_edge=False, padding=(0, 1))
+    headers = [Column(title, justify="right", no_wrap=True) for title in columns.values()]
+    table = Table(*headers, box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for summary in summaries:
         chosen = summary["alpha"] == choice.alpha
         cells = [f"{summary[name]:.3f}" if name in summary else "" for name in columns]
-        cells[0] = f"{summary['alpha']:.3g}" + (" *" if chosen else "")
+        cells[0] = ("* " if chosen else "") + f"{summary['alpha']:.3g}"
         table.add_row(*cells, style="bold" if chosen else None)
     return table

@@ -7,6 +7,7 @@ import importlib.resources
 import math
 import os
 import signal
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,10 +136,11 @@ def run(argv: list[str]) -> int:
     )
     arguments, config, model = parser.parse(argv)
     _check_arguments(arguments, config, model)
-    if arguments.accelerate_config and LAUNCHED not in os.environ and not arguments.dry_run:
-        return _launch(arguments.accelerate_config, argv)
     if arguments.dry_run:
         return _dry_run(arguments, config, model)
+    if arguments.accelerate_config and LAUNCHED not in os.environ:
+        _check_data(arguments, config, _load_tokenizer(model))  # bad rows are named once, not by every process
+        return _launch(arguments.accelerate_config, argv)
 
     interrupt = _Interrupt()
     trainer = ExtrapolationTrainer(
@@ -218,9 +220,14 @@ def _launch(accelerate_config: str, argv: list[str]) -> int:
             raise UnlearningError(
                 f"--accelerate_config {accelerate_config}: neither a file nor a configuration that TRL ships."
             )
+    options = ["--config_file", str(path), "--module", "hf_unlearn.cli", "train", *argv]
     os.environ[LAUNCHED] = "1"
-    launcher = launch_command_parser()
-    launch_command(launcher.parse_args(["--config_file", str(path), "--module", "hf_unlearn.cli", "train", *argv]))
+    try:
+        launch_command(launch_command_parser().parse_args(options))
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    finally:
+        del os.environ[LAUNCHED]
     return EXIT_OK
 
 

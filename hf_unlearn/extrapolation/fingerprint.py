@@ -150,7 +150,7 @@ def _verify(fingerprint: dict[str, Any], sample: Callable[[str], tuple[tuple[int
     if dtype not in DTYPE_CODES or not isinstance(expected, dict):
         raise UnlearningError(
             "The fingerprint in the adapter's `unlearning.json` is damaged. Restore the file, or go on without the "
-            "check with `check_base=False`."
+            "check with `check_base=False` (`--no_check_base`)."
         )
     compared = 0
     for name, digest in expected.items():
@@ -161,7 +161,8 @@ def _verify(fingerprint: dict[str, Any], sample: Callable[[str], tuple[tuple[int
         if _digest(*found, dtype) != digest:
             raise UnlearningError(
                 f"This is not the base model the adapter was trained on: {name!r} has other values. Pass the base "
-                "(and revision) of the training, or go on without the check with `check_base=False`."
+                "(and revision) of the training, or go on without the check with "
+                "`check_base=False` (`--no_check_base`)."
             )
     if not compared:
         raise UnlearningError(

@@ -38,10 +38,11 @@ class ExtrapolationTrainer(UnlearningTrainer):
         args=ExtrapolationConfig(output_dir="run", learning_rate=5e-4),
         forget_dataset="people/forget",
         retain_dataset="people/retain",
+        eval_dataset={"forget": "people/forget", "holdout": "people/holdout"},
     )
     trainer.train()
     with trainer.extrapolated(alpha=2):
-        print(trainer.evaluate("people/holdout"))
+        print(trainer.evaluate())
     trainer.save_forget_model("forget-model", alpha=2)
     ```
     """

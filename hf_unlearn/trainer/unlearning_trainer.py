@@ -126,6 +126,10 @@ class UnlearningTrainer(SFTTrainer):
     ) -> None:
         if args is None:
             args = self.config_class(output_dir=f"{_model_name(model).split('/')[-1]}-{self._name}")
+        if not isinstance(args, self.config_class):
+            raise UnlearningError(
+                f"`args` is a {type(args).__name__}; {type(self).__name__} needs a {self.config_class.__name__}."
+            )
         if forget_dataset is None:
             raise UnlearningError("`forget_dataset` is required: the rows that must go.")
         self.uses_retain = args.retain_kl_weight > 0
@@ -387,6 +391,13 @@ class UnlearningTrainer(SFTTrainer):
             folder = Path(output_dir if output_dir is not None else self.args.output_dir)
             write_provenance(folder, self.provenance())
             (folder / "README.md").write_text(SECRET_NOTE, encoding="utf-8")
+
+    def push_to_hub(self, *args, **kwargs) -> None:
+        """Refused: it would upload the adapter that memorised what is to be forgotten."""
+        raise UnlearningError(
+            "`push_to_hub` would upload the memorising adapter. Write the result with save_forget_model or "
+            "save_forget_adapter and upload that folder."
+        )
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Written with the adapter itself, see `_save`; TRL's card describes a model that was fine-tuned."""

@@ -26,7 +26,16 @@ def launch(output_dir: Path, batch_size: int, processes: int) -> list[dict]:
     }
     launcher = [sys.executable]
     if processes > 1:
-        options = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+        options = [
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "0",
+        ]
         launcher += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), *options]
     command = [*launcher, str(SCRIPT), str(output_dir), str(batch_size)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

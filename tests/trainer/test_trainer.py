@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from tiny import tiny_llama, tiny_rows, tiny_tokenizer
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from hf_unlearn import ExtrapolationConfig, ExtrapolationTrainer, UnlearningError, extrapolate
 
@@ -130,6 +130,10 @@ class TestConstruction:
     def test_options_that_make_no_sense_are_refused_by_name(self, tmp_path, option):
         with pytest.raises(UnlearningError, match=next(iter(option))):
             config(tmp_path, **option)
+
+    def test_the_configuration_of_another_trainer(self, tmp_path):
+        with pytest.raises(UnlearningError, match="TrainingArguments.*ExtrapolationConfig"):
+            make(tmp_path, trainer_options={"args": TrainingArguments(output_dir=str(tmp_path))})
 
     def test_missing_sets(self, tmp_path):
         with pytest.raises(UnlearningError, match="forget_dataset"):
@@ -304,6 +308,10 @@ class TestExtrapolation:
         folder = trained.save_forget_model(tmp_path / "model", 1.0, dtype="bfloat16")
         assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.bfloat16
         assert json.loads((folder / "unlearning.json").read_text())["realised_error"]["relative"] > 1e-4
+
+    def test_the_memorising_adapter_is_not_uploaded(self, trained):
+        with pytest.raises(UnlearningError, match="save_forget_adapter"):
+            trained.push_to_hub()
 
     def test_a_saved_adapter_says_what_it_is(self, trained, tmp_path):
         trained.save_model(str(tmp_path / "memorising"))
