@@ -166,14 +166,20 @@ def base_of(adapter: LoraAdapter, base: str | None) -> str:
     return name
 
 
+def verified_checkpoint(base: str, adapter: LoraAdapter, check_base: bool = True) -> SafetensorsCheckpoint:
+    """The files of a base model, which by the adapter's record must be the one it was trained on."""
+    checkpoint = SafetensorsCheckpoint(resolve_model(base))
+    fingerprint = (adapter.provenance.get("base") or {}).get("fingerprint")
+    if check_base and fingerprint is not None:
+        verify_fingerprint_files(fingerprint, checkpoint)
+    return checkpoint
+
+
 def load_with_adapter(
     base: str, adapter: LoraAdapter, dtype: str, check_base: bool = True
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Load a base model with its adapter, live, and the tokenizer; by the adapter's record it must be this base."""
-    folder = resolve_model(base)
-    fingerprint = (adapter.provenance.get("base") or {}).get("fingerprint")
-    if check_base and fingerprint is not None:
-        verify_fingerprint_files(fingerprint, SafetensorsCheckpoint(folder))
+    """Load a base model with its adapter, live, and the tokenizer."""
+    folder = verified_checkpoint(base, adapter, check_base).folder
     with quiet_loading():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)

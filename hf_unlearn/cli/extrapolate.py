@@ -11,6 +11,7 @@ from hf_unlearn.cli import EXIT_OK
 from hf_unlearn.cli.common import CommandParser, base_of, console, refuse_existing
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import LoraAdapter, extrapolate, plan_merge, save_forget_adapter
+from hf_unlearn.extrapolation.arithmetic import check_alpha
 
 
 DESCRIPTION = """\
@@ -80,10 +81,16 @@ def run(argv: list[str]) -> int:
 
 
 def _write_adapter(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> int:
+    check_alpha(arguments.alpha)
     if arguments.dtype:
         raise UnlearningError("--dtype is for --format model; a forget adapter keeps the dtype of its adapter.")
     if arguments.dry_run:
-        console.print(f"Would write a forget adapter at α = {arguments.alpha:g} to {arguments.output_dir}.")
+        size = (adapter.folder / "adapter_model.safetensors").stat().st_size
+        console.print(
+            f"Would write a forget adapter at α = {arguments.alpha:g}:\n"
+            f"  {arguments.output_dir}/adapter_model.safetensors ({size / 1e6:.1f} MB), adapter_config.json, "
+            "unlearning.json"
+        )
         return EXIT_OK
     folder = save_forget_adapter(adapter, arguments.alpha, arguments.output_dir, overwrite=arguments.overwrite)
     console.print(f"Forget adapter at α = {arguments.alpha:g} written to {folder}. PEFT loads it as it is.")

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from rich.table import Column, Table
 
 from hf_unlearn.cli import EXIT_FAILED, EXIT_OK
@@ -18,6 +19,7 @@ from hf_unlearn.cli.common import (
     parse_alphas,
     prepare_set,
     refuse_existing,
+    verified_checkpoint,
 )
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation import DEFAULT_GRID, Choice, Sweep, SweepPoint, choose_alpha
@@ -33,6 +35,8 @@ Writes sweep.csv, sweep.json, sweep.png, choice.json and a self-contained report
 EXAMPLE = """\
   hf-unlearn sweep --adapter run --forget_dataset people/forget --retain_dataset people/retain \\
       --holdout_dataset people/holdout --alphas 0.5 1 2 4 --output_dir sweep"""
+
+OUTPUTS = ("report.html", "choice.json", "sweep.csv", "sweep.json", "sweep.png")
 
 SECURITY_NOTE = (
     "Security: the base model together with the forget model or the forget adapter reveals ΔW, and θ_ref + ΔW is the "
@@ -84,7 +88,10 @@ class SweepArguments(EvaluationDataArguments):
     max_new_tokens: int = field(default=64, metadata={"help": "Longest generated answer, in tokens."})
     max_length: int = field(default=1024, metadata={"help": "Longest sequence, in tokens."})
     batch_size: int = field(default=16, metadata={"help": "Rows in a forward pass."})
-    dtype: str = field(default="float32", metadata={"help": "Dtype the base model is loaded in."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Dtype the base model is loaded in.", "choices": ["float32", "bfloat16", "float16"]},
+    )
     check_base: bool = field(
         default=True, metadata={"help": "Refuse a base other than the one the adapter was trained on."}
     )
@@ -107,7 +114,14 @@ def run(argv: list[str]) -> int:
     rows = {name: arguments.load_required(name) for name in dict.fromkeys(["forget", "retain", *names])}
     if arguments.dry_run:
         counts = ", ".join(f"{len(set_rows)} {name}" for name, set_rows in rows.items())
-        console.print(f"Would evaluate {base} with {adapter.id} at α = 0 and {alphas} on {counts} rows.")
+        checkpoint = verified_checkpoint(base, adapter, arguments.check_base)
+        parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
+        weights = parameters * getattr(torch, arguments.dtype).itemsize
+        console.print(
+            f"Would evaluate {base} with {adapter.id} at α = 0 and {alphas} on {counts} rows, then choose by bisection.\n"
+            f"memory: about {weights / 1e9:.2f} GB for the weights, besides Python and its libraries\n"
+            f"writes: {', '.join(f'{output_dir}/{name}' for name in OUTPUTS)}"
+        )
         return EXIT_OK
 
     model, tokenizer = load_with_adapter(base, adapter, arguments.dtype, arguments.check_base)

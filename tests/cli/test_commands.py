@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_rows
+from tiny import tiny_llama, tiny_rows
 from transformers import AutoModelForCausalLM
 
 import hf_unlearn
@@ -251,6 +251,13 @@ class TestExtrapolate:
         assert "model.safetensors" in capsys.readouterr().out
         assert not (tmp_path / "m").exists()
 
+    def test_dry_run_of_an_adapter(self, adapter, tmp_path, capsys):
+        arguments = ["extrapolate", "--adapter", adapter, "--output_dir", str(tmp_path / "a"), "--format", "adapter"]
+        assert main([*arguments, "--alpha", "2", "--dry_run"]) == 0
+        assert "adapter_model.safetensors" in capsys.readouterr().out
+        assert main([*arguments, "--alpha", "-2", "--dry_run"]) == 2
+        assert not (tmp_path / "a").exists()
+
     def test_an_existing_folder_is_kept_unless_asked(self, adapter, tmp_path, capsys):
         arguments = ["extrapolate", "--adapter", adapter, "--output_dir", str(tmp_path / "a"), "--format", "adapter"]
         assert main([*arguments, "--alpha", "1"]) == 0
@@ -260,8 +267,6 @@ class TestExtrapolate:
         assert json.loads((tmp_path / "a" / "unlearning.json").read_text())["alpha"] == 2
 
     def test_another_base_is_refused(self, adapter, tmp_path, capsys):
-        from tiny import tiny_llama
-
         tiny_llama(seed=9).save_pretrained(tmp_path / "other")
         arguments = ["extrapolate", "--adapter", adapter, "--alpha", "1", "--output_dir", str(tmp_path / "m")]
         assert main([*arguments, "--base", str(tmp_path / "other")]) == 2
@@ -284,8 +289,18 @@ class TestSweep:
     def test_dry_run(self, files, adapter, tmp_path, capsys):
         arguments = ["sweep", "--adapter", adapter, "--output_dir", str(tmp_path / "s"), "--dry_run"]
         assert main([*arguments, "--forget_dataset", files["forget"], "--retain_dataset", files["retain"]]) == 0
-        assert "6 forget, 6 retain" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert "6 forget, 6 retain" in text
+        assert "report.html" in text
+        assert "memory" in text
         assert not (tmp_path / "s").exists()
+
+    def test_another_base_is_refused_also_in_a_dry_run(self, files, adapter, tmp_path, capsys):
+        tiny_llama(seed=9).save_pretrained(tmp_path / "other")
+        arguments = ["sweep", "--adapter", adapter, "--output_dir", str(tmp_path / "s"), "--dry_run"]
+        arguments += ["--forget_dataset", files["forget"], "--retain_dataset", files["retain"]]
+        assert main([*arguments, "--base", str(tmp_path / "other")]) == 2
+        assert "not the base model" in capsys.readouterr().err
 
 
 class TestQuickstart:
