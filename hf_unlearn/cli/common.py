@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import logging
 from trl import TrlParser
 
-from hf_unlearn.data import drop_untrainable, load_rows, to_prompt_completion, tokenize_rows
+from hf_unlearn.data import drop_untrainable, encode_set, load_rows
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import LoraAdapter, SafetensorsCheckpoint, resolve_model, verify_fingerprint_files
 
@@ -154,8 +154,7 @@ def prepare_set(
     rows: datasets.Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None
 ) -> datasets.Dataset:
     """Tokenise a set for evaluation and leave out rows without an answer."""
-    rows = to_prompt_completion(rows, name=name, chat=tokenizer.chat_template is not None)
-    return drop_untrainable(tokenize_rows(rows, tokenizer, max_length, name=name))
+    return drop_untrainable(encode_set(rows, tokenizer, max_length, name=name))
 
 
 def base_of(adapter: LoraAdapter, base: str | None) -> str:

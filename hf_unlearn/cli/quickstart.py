@@ -265,9 +265,9 @@ class Quickstart:
                 notes=[
                     "The facts are of people who do not exist and were planted by fine-tuning first; 'before' is the "
                     "model after planting. Hold-out rows were never shown to it.",
-                    f"Memorisation differs from the paper's setting: softmax temperature {a.memorization_temperature:g} "
-                    f"(1), retain KL at adapter scale {a.retain_kl_scale:g} (1), weight {a.retain_kl_weight:g} (1), the "
-                    "whole forget set in each step. On this set the paper's setting misses the rule.",
+                    f"Memorisation (the paper's setting in brackets): softmax temperature "
+                    f"{a.memorization_temperature:g} (1), retain KL at adapter scale {a.retain_kl_scale:g} (1), weight "
+                    f"{a.retain_kl_weight:g} (1), the whole forget set in each step.",
                 ],
             )
 

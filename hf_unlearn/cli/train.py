@@ -19,7 +19,7 @@ from trl import ModelConfig, get_quantization_config
 
 from hf_unlearn.cli import EXIT_INTERRUPTED, EXIT_OK
 from hf_unlearn.cli.common import CommandParser, DataArguments, console, stderr
-from hf_unlearn.data import DataReport, check_sets, raise_for_untrainable, to_prompt_completion, tokenize_rows
+from hf_unlearn.data import DataReport, check_sets, encode_set, raise_for_untrainable
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import check_lora_config
 from hf_unlearn.trainer import ExtrapolationConfig, ExtrapolationTrainer
@@ -273,12 +273,8 @@ def _check_data(
     sets = {"forget": arguments.load_required("forget")}
     if config.retain_kl_weight > 0:
         sets["retain"] = arguments.load_required("retain")
-    chat = tokenizer.chat_template is not None
     tokenized = {
-        name: tokenize_rows(
-            to_prompt_completion(rows, name=f"{name} set", chat=chat), tokenizer, config.max_length, name=f"{name} set"
-        )
-        for name, rows in sets.items()
+        name: encode_set(rows, tokenizer, config.max_length, name=f"{name} set") for name, rows in sets.items()
     }
     report = check_sets(tokenized["forget"], tokenized.get("retain"), max_length=config.max_length)
     raise_for_untrainable(report)

@@ -14,7 +14,7 @@ from hf_unlearn.data.checks import (
 )
 from hf_unlearn.data.formats import to_prompt_completion
 from hf_unlearn.data.loading import load_rows
-from hf_unlearn.data.tokenization import encode_pair, encode_prompt, tokenize_rows
+from hf_unlearn.data.tokenization import encode_pair, encode_prompt, encode_set, tokenize_rows
 
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "drop_untrainable",
     "encode_pair",
     "encode_prompt",
+    "encode_set",
     "load_rows",
     "raise_for_untrainable",
     "summarize",

@@ -8,6 +8,7 @@ import datasets
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from hf_unlearn.data.formats import to_prompt_completion
 from hf_unlearn.errors import UnlearningError
 
 
@@ -122,6 +123,28 @@ def tokenize_rows(
         features=datasets.Features({**dataset.features, **added}),  # else a batch of empty lists has no type
         desc=f"Tokenising the {name}",
     )
+
+
+def encode_set(
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    num_proc: int | None = None,
+    name: str = "dataset",
+) -> datasets.Dataset:
+    """
+    From rows of any accepted shape to a tokenised set: [`to_prompt_completion`], then [`tokenize_rows`]. Questions and
+    instructions become chat messages where the tokenizer has a chat template.
+
+    Args:
+        rows (`datasets.Dataset`): Rows of [`~hf_unlearn.data.load_rows`].
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer.
+        max_length (`int`, *optional*): Longest sequence. Not limited if `None`.
+        num_proc (`int`, *optional*): Processes.
+        name (`str`, *optional*, defaults to `"dataset"`): How errors and the progress bar call the set.
+    """
+    rows = to_prompt_completion(rows, name=name, chat=tokenizer.chat_template is not None)
+    return tokenize_rows(rows, tokenizer, max_length, num_proc=num_proc, name=name)
 
 
 def is_blank(completion: str | list[dict[str, str]]) -> bool:

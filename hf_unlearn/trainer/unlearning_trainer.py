@@ -25,10 +25,9 @@ from transformers.utils import logging
 from trl import SFTTrainer
 
 from hf_unlearn.data.checks import DataReport, check_sets, data_hash, drop_untrainable, raise_for_untrainable
-from hf_unlearn.data.formats import to_prompt_completion
 from hf_unlearn.data.loading import load_rows
 from hf_unlearn.data.pairing import PairCollator, PairedDataset
-from hf_unlearn.data.tokenization import tokenize_rows
+from hf_unlearn.data.tokenization import encode_set
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.fingerprint import fingerprint_model
 from hf_unlearn.extrapolation.linearity import check_lora_config, check_target_modules
@@ -222,8 +221,7 @@ class UnlearningTrainer(SFTTrainer):
         rows = load_rows(rows, name=name)
         if {"input_ids", "labels"} <= set(rows.column_names):
             return rows
-        rows = to_prompt_completion(rows, name=name, chat=tokenizer.chat_template is not None)
-        return tokenize_rows(rows, tokenizer, args.max_length, num_proc=args.dataset_num_proc, name=name)
+        return encode_set(rows, tokenizer, args.max_length, num_proc=args.dataset_num_proc, name=name)
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         # The one tokenisation policy of this package in place of SFTTrainer's, also for sets passed to `evaluate`.
