@@ -11,48 +11,71 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hf_unlearn.data import check_sets, load_rows, to_prompt_completion, tokenize_rows
     from hf_unlearn.errors import UnlearningError
-    from hf_unlearn.evaluation import Choice, Sweep, choose_alpha, generate_answers, score_rows
+    from hf_unlearn.evaluation import (
+        Choice,
+        Evaluation,
+        Evaluator,
+        choose_alpha,
+        custom_protocol,
+        generate_answers,
+        read_log,
+        tofu_protocol,
+    )
     from hf_unlearn.extrapolation import LoraAdapter, extrapolate, save_forget_adapter
-    from hf_unlearn.trainer import ExtrapolationConfig, ExtrapolationTrainer, UnlearningConfig, UnlearningTrainer
+    from hf_unlearn.trainer import (
+        EvaluationCallback,
+        ExtrapolationConfig,
+        ExtrapolationTrainer,
+        UnlearningConfig,
+        UnlearningTrainer,
+    )
 
 # Public name → module that defines it, imported on first use: torch and TRL take seconds.
 _MODULE_OF = {
     "Choice": "evaluation",
+    "Evaluation": "evaluation",
+    "EvaluationCallback": "trainer",
+    "Evaluator": "evaluation",
     "ExtrapolationConfig": "trainer",
     "ExtrapolationTrainer": "trainer",
     "LoraAdapter": "extrapolation",
-    "Sweep": "evaluation",
     "UnlearningConfig": "trainer",
     "UnlearningError": "errors",
     "UnlearningTrainer": "trainer",
     "check_sets": "data",
     "choose_alpha": "evaluation",
+    "custom_protocol": "evaluation",
     "extrapolate": "extrapolation",
     "generate_answers": "evaluation",
     "load_rows": "data",
+    "read_log": "evaluation",
     "save_forget_adapter": "extrapolation",
-    "score_rows": "evaluation",
     "to_prompt_completion": "data",
+    "tofu_protocol": "evaluation",
     "tokenize_rows": "data",
 }
 
 __all__ = [
     "Choice",
+    "Evaluation",
+    "EvaluationCallback",
+    "Evaluator",
     "ExtrapolationConfig",
     "ExtrapolationTrainer",
     "LoraAdapter",
-    "Sweep",
     "UnlearningConfig",
     "UnlearningError",
     "UnlearningTrainer",
     "check_sets",
     "choose_alpha",
+    "custom_protocol",
     "extrapolate",
     "generate_answers",
     "load_rows",
+    "read_log",
     "save_forget_adapter",
-    "score_rows",
     "to_prompt_completion",
+    "tofu_protocol",
     "tokenize_rows",
     "__version__",
 ]

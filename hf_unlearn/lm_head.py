@@ -23,6 +23,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 
 VOCABULARY_CHUNK = 32768
+MOMENTS_CHUNK = 512
 
 
 class TokenScores(NamedTuple):
@@ -89,32 +90,66 @@ class LMHead:
             )
         return TokenScores(log_probs, is_top1)
 
-    def kl_from_reference(self, hidden: torch.Tensor, reference_hidden: torch.Tensor) -> torch.Tensor:
+    def kl_from_reference(
+        self, hidden: torch.Tensor, reference_hidden: torch.Tensor, reference_head: LMHead | None = None
+    ) -> torch.Tensor:
         """
         Forward divergence KL(p_ref ‖ p_θ) per token over the whole vocabulary, in nats and fp32, shape `(N,)`.
 
-        The reference is the same model with its adapter off, so both sides share this head. The gradient flows to
-        `hidden` only.
+        The gradient flows to `hidden` only.
 
         Args:
-            hidden (`torch.Tensor` of shape `(N, H)`): Hidden states of the model in training.
+            hidden (`torch.Tensor` of shape `(N, H)`): Hidden states of the model.
             reference_hidden (`torch.Tensor` of shape `(N, H)`): Hidden states of the reference, same positions.
+            reference_head (`LMHead`, *optional*): Head of the reference; this one if not given, as where the reference
+                is the same model with its adapter off.
         """
+        reference = reference_head or self
         divergence, _ = ChunkedDivergenceFunction.apply(
             hidden,
             self.weight,
             self.bias,
             reference_hidden,
-            self.weight,
-            self.bias,
+            reference.weight,
+            reference.bias,
             0.0,  # beta = 0: forward KL(reference ‖ model)
             1.0,  # temperature
             self.logit_scale,
             self.softcap,
-            self.logit_scale,
-            self.softcap,
+            reference.logit_scale,
+            reference.softcap,
         )
         return divergence
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of shape `(N, V)` in fp32, also where the model computes in bf16. For few positions at a time."""
+        with maybe_gather_lm_head_ctx(self.weight, self.bias):
+            if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
+                logits = torch.mm(hidden, self.weight.to(hidden.dtype).T, out_dtype=torch.float32)
+            else:
+                logits = hidden.float() @ self.weight.float().T
+            logits = logits if self.bias is None else logits + self.bias.float()
+        logits = logits * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    @torch.no_grad()
+    def log_prob_moments(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Mean and standard deviation of log p(v) under v ~ p, of each next-token distribution: what min-k++ measures a
+        token against. Shapes `(N,)`, in nats and fp32; the variance is at least 1e-6.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(N, H)`): Hidden states.
+        """
+        moments = []
+        for chunk in hidden.split(MOMENTS_CHUNK):
+            log_probs = self.logits(chunk).log_softmax(-1)
+            probs = log_probs.exp()
+            mean = (probs * log_probs).sum(-1)
+            variance = (probs * (log_probs - mean[:, None]).square()).sum(-1)
+            moments.append(torch.stack([mean, variance.clamp(min=1e-6).sqrt()]))
+        return tuple(torch.cat(moments, dim=1)) if moments else (hidden.new_zeros(0), hidden.new_zeros(0))
 
 
 def _logit_scale(config: Any) -> float:

@@ -14,11 +14,17 @@ import pytest
 
 from hf_unlearn.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from hf_unlearn.cli.common import _own_fields
+from hf_unlearn.cli.eval import EvalArguments
+from hf_unlearn.cli.evaluation import OUTPUTS
 from hf_unlearn.cli.extrapolate import ExtrapolateArguments
 from hf_unlearn.cli.quickstart import QuickstartArguments
 from hf_unlearn.cli.sweep import SweepArguments
 from hf_unlearn.cli.train import SHOWN, LoraModelConfig, TrainArguments
 from hf_unlearn.data import to_prompt_completion
+from hf_unlearn.evaluation import metrics
+from hf_unlearn.evaluation.aggregates import ATTACKS, MEANS, RATES
+from hf_unlearn.evaluation.logs import HEADLINES
+from hf_unlearn.evaluation.metrics import RougeScores
 from hf_unlearn.trainer import ExtrapolationConfig
 
 
@@ -27,9 +33,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "reci
 OPTIONS = {
     "quickstart": [QuickstartArguments],
     "train": [TrainArguments, ExtrapolationConfig, LoraModelConfig],
+    "eval": [EvalArguments],
     "sweep": [SweepArguments],
     "extrapolate": [ExtrapolateArguments],
 }
+PAGE_OF = {"eval": "evaluate"}  # command: its page, where that has another name
 OPTION_ROW = re.compile(r"^\| `--(?P<name>\w+)` \| (?P<default>[^|]+) \|", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -41,6 +49,11 @@ def page_id(page: Path) -> str:
 
 def read(page: Path) -> str:
     return page.read_text(encoding="utf-8")
+
+
+def options_of(command: str) -> list[re.Match]:
+    """Lines of the option tables on a command's page."""
+    return list(OPTION_ROW.finditer(read(ROOT / "docs" / f"{PAGE_OF.get(command, command)}.md")))
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -71,7 +84,7 @@ class TestOptions:
     @pytest.mark.parametrize("command", OPTIONS)
     def test_tables_give_the_defaults_of_the_code(self, command):
         fields = {field.name: field for kind in OPTIONS[command] for field in dataclasses.fields(kind)}
-        rows = list(OPTION_ROW.finditer(read(ROOT / "docs" / f"{command}.md")))
+        rows = options_of(command)
         assert rows
         for row in rows:
             assert row["name"] in fields, row["name"]
@@ -79,7 +92,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("command", OPTIONS)
     def test_tables_are_complete(self, command):
-        documented = [row["name"] for row in OPTION_ROW.finditer(read(ROOT / "docs" / f"{command}.md"))]
+        documented = [row["name"] for row in options_of(command)]
         own = {field.name for kind in OPTIONS[command] for field in _own_fields(kind)}
         expected = own | SHOWN if command == "train" else own
         assert sorted(documented) == sorted(expected)
@@ -100,6 +113,26 @@ class TestOptions:
     def test_exit_codes(self):
         rows = re.findall(r"^\| (\d+) \|", read(ROOT / "docs" / "index.md"), re.MULTILINE)
         assert list(map(int, rows)) == [EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED]
+
+
+class TestFigures:
+    PAGE = "docs/evaluate.md"
+
+    def test_every_figure_and_column_is_defined(self):
+        defined = set(re.findall(r"`([^`\n]+)`", read(ROOT / self.PAGE)))
+        for name in {*MEANS, *(f"{rate}_rate" for rate in RATES), "perplexity", "truth_ratio", *ATTACKS, *HEADLINES}:
+            assert name in defined, name
+        columns = set(ATTACKS.values()) - {"reference_score", "gradnorm_score"}
+        for name in {*MEANS, *RATES, *columns, *RougeScores._fields, "num_tokens", "wrong_losses", "paraphrased_loss"}:
+            assert name in defined, name
+
+    def test_every_metric_file_is_listed(self):
+        files = {path.name for path in Path(metrics.__file__).parent.glob("*.py")} - {"__init__.py", "info.py"}
+        assert files == set(re.findall(r"`(\w+\.py)`", read(ROOT / self.PAGE)))
+
+    def test_every_output_is_listed(self):
+        for name in (*OUTPUTS, "TOFU_EVAL.json"):
+            assert f"`{name}`" in read(ROOT / self.PAGE), name
 
 
 class TestLinks:
@@ -132,9 +165,13 @@ class TestExamples:
         for number, code in enumerate(blocks(page, "python")):
             compile(code, f"{page_id(page)}, example {number}", "exec")
 
-    @pytest.mark.parametrize("names", [["README.md"], ["docs/python.md", "docs/extrapolate.md"]], ids=" ".join)
+    @pytest.mark.parametrize(
+        "names", [["README.md"], ["docs/python.md", "docs/extrapolate.md"], ["docs/evaluate.md"]], ids=" ".join
+    )
     def test_they_run_in_order(self, names, tiny_model_dir, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
+        for cache in ("HF_MODULES_CACHE", "HF_METRICS_CACHE"):
+            monkeypatch.setattr(f"evaluate.config.{cache}", tmp_path / cache)
         (tmp_path / "quickstart").mkdir()
         (tmp_path / "quickstart" / "planted-model").symlink_to(tiny_model_dir, target_is_directory=True)
         namespace: dict[str, Any] = {"__name__": "docs"}

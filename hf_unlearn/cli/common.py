@@ -13,12 +13,13 @@ import datasets
 import yaml
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import TrlParser
 
 from hf_unlearn.data import drop_untrainable, encode_set, load_rows
 from hf_unlearn.errors import UnlearningError
+from hf_unlearn.evaluation.batching import process_state
 from hf_unlearn.extrapolation import LoraAdapter, SafetensorsCheckpoint, resolve_model, verify_fingerprint_files
 
 
@@ -179,10 +180,15 @@ def load_with_adapter(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a base model with its adapter, live, and the tokenizer."""
     folder = verified_checkpoint(base, adapter, check_base).folder
+    model = PeftModel.from_pretrained(load_causal_lm(folder, dtype), adapter.folder)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def load_causal_lm(folder: Path, dtype: str) -> PreTrainedModel:
+    """Load a model onto the device of this process."""
     with quiet_loading():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return PeftModel.from_pretrained(model, adapter.folder).eval(), tokenizer
+    return model.to(process_state().device).eval()
 
 
 class quiet_loading:

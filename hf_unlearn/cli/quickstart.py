@@ -20,11 +20,11 @@ from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn.cli import EXIT_FAILED, EXIT_OK
 from hf_unlearn.cli.common import CommandParser, console, load_with_adapter, prepare_set, quiet_loading
-from hf_unlearn.cli.sweep import save_sweep, sweep_table
+from hf_unlearn.cli.evaluation import OUTPUTS, SECURITY_NOTE, figures_table, save_evaluations
 from hf_unlearn.data import load_rows
 from hf_unlearn.data.pairing import PairCollator
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.evaluation import Choice, Sweep, choose_alpha
+from hf_unlearn.evaluation import Choice, Evaluator, choose_alpha, custom_protocol
 from hf_unlearn.extrapolation import LoraAdapter, atomic_folder, extrapolate, package_versions, save_forget_adapter
 from hf_unlearn.trainer import ExtrapolationConfig, ExtrapolationTrainer
 
@@ -55,7 +55,7 @@ class QuickstartArguments:
         plant_epochs, plant_learning_rate: How the facts are planted.
         steps, learning_rate, memorization_temperature, retain_kl_weight, retain_kl_scale, retain_per_forget: How the
             adapter memorises.
-        min_retain, auc_tolerance: The rule.
+        min_utility, auc_tolerance: The rule.
         seed (`int`, *optional*, defaults to `0`): Seed of everything.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to print the plan only.
     """
@@ -77,7 +77,7 @@ class QuickstartArguments:
         default=-1.0, metadata={"help": "Adapter scale at which the retain KL is held (the paper: 1)."}
     )
     retain_per_forget: int = field(default=1, metadata={"help": "Retain rows beside each forget row."})
-    min_retain: float = field(default=0.95, metadata={"help": "Share of the retain probability that must remain."})
+    min_utility: float = field(default=0.95, metadata={"help": "Share of the retain probability that must remain."})
     auc_tolerance: float = field(
         default=0.1, metadata={"help": "Distance of the membership AUC from 0.5 that counts as not told apart."}
     )
@@ -126,7 +126,7 @@ class Quickstart:
             f"1. {self.planted}: {a.model}, fine-tuned {a.plant_epochs} epochs on the forget and retain rows\n"
             f"2. {self.adapter}: LoRA, {a.steps} steps of {len(self.rows['forget'])} forget and "
             f"{len(self.rows['forget']) * a.retain_per_forget} retain rows\n"
-            f"3. {self.result}: forget-model, forget-adapter, report.html, sweep.csv, sweep.json, sweep.png, choice.json\n"
+            f"3. {self.result}: forget-model, forget-adapter, choice.json, {', '.join(OUTPUTS)}\n"
             "About 1.2 GB of disk and 5.5 GB of memory with SmolLM2-135M."
         )
 
@@ -136,10 +136,10 @@ class Quickstart:
         self._timed("planting", self.planted, self._plant)
         self._timed("memorising", self.adapter, self._memorise)
         start = time.monotonic()
-        sweep, choice = self._sweep()
+        evaluator, choice = self._sweep()
         self.seconds["sweep"] = time.monotonic() - start
-        self._write_result(sweep, choice)
-        console.print(sweep_table(sweep.points, choice))
+        self._write_result(evaluator, choice)
+        console.print(figures_table(evaluator.evaluated(), choice))
         times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in self.seconds.items())
         console.print(
             f"{choice.verdict}\nRule: {choice.rule}.\n"
@@ -236,30 +236,31 @@ class Quickstart:
             trainer.save_model(str(folder))
             trainer.state.save_to_json(str(folder / "trainer_state.json"))
 
-    def _sweep(self) -> tuple[Sweep, Choice]:
+    def _sweep(self) -> tuple[Evaluator, Choice]:
         """Choose α on the live adapter."""
         console.rule("sweeping α")
         model, tokenizer = load_with_adapter(str(self.planted), LoraAdapter.load(self.adapter), "float32")
-        sets = {name: prepare_set(rows, f"{name} set", tokenizer, 512) for name, rows in self.rows.items()}
-        sweep = Sweep(model, tokenizer, sets, max_new_tokens=40)
-        choice = choose_alpha(sweep, min_retain=self.arguments.min_retain, auc_tolerance=self.arguments.auc_tolerance)
-        for alpha in dict.fromkeys([0.0, choice.alpha]):
-            sweep.generate(alpha)
-        return sweep, choice
+        chat = tokenizer.chat_template is not None
+        protocol = custom_protocol(self.rows, chat=chat, max_length=512, max_new_tokens=40)
+        evaluator = Evaluator(model, tokenizer, protocol)
+        choice = choose_alpha(
+            evaluator, min_utility=self.arguments.min_utility, auc_tolerance=self.arguments.auc_tolerance
+        )
+        evaluator.run([choice.alpha])
+        return evaluator, choice
 
-    def _write_result(self, sweep: Sweep, choice: Choice) -> None:
+    def _write_result(self, evaluator: Evaluator, choice: Choice) -> None:
         with atomic_folder(self.result, overwrite=True) as folder:
             if choice.alpha > 0:
                 extrapolate(self.planted, self.adapter, choice.alpha, folder / "forget-model")
                 save_forget_adapter(self.adapter, choice.alpha, folder / "forget-adapter")
             state = json.loads((self.adapter / "trainer_state.json").read_text())
             a = self.arguments
-            save_sweep(
+            save_evaluations(
                 folder,
-                sweep,
+                evaluator.protocol,
+                evaluator.evaluated(),
                 choice,
-                a.min_retain,
-                a.auc_tolerance,
                 facts=self._facts(),
                 log_history=state["log_history"],
                 notes=[
@@ -268,6 +269,7 @@ class Quickstart:
                     f"Memorisation (the paper's setting in brackets): softmax temperature "
                     f"{a.memorization_temperature:g} (1), retain KL at adapter scale {a.retain_kl_scale:g} (1), weight "
                     f"{a.retain_kl_weight:g} (1), the whole forget set in each step.",
+                    SECURITY_NOTE,
                 ],
             )
 

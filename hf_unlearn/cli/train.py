@@ -18,11 +18,12 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_quantization_config
 
 from hf_unlearn.cli import EXIT_INTERRUPTED, EXIT_OK
-from hf_unlearn.cli.common import CommandParser, DataArguments, console, stderr
+from hf_unlearn.cli.common import CommandParser, EvaluationDataArguments, console, stderr
 from hf_unlearn.data import DataReport, check_sets, encode_set, raise_for_untrainable
 from hf_unlearn.errors import UnlearningError
+from hf_unlearn.evaluation import custom_protocol
 from hf_unlearn.extrapolation import check_lora_config
-from hf_unlearn.trainer import ExtrapolationConfig, ExtrapolationTrainer
+from hf_unlearn.trainer import EvaluationCallback, ExtrapolationConfig, ExtrapolationTrainer
 from hf_unlearn.trainer.memory import estimate_memory
 
 
@@ -54,6 +55,10 @@ SHOWN = {
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "gradient_checkpointing",
+    "eval_strategy",
+    "eval_steps",
+    "load_best_model_at_end",
+    "metric_for_best_model",
     "max_steps",
     "save_strategy",
     "save_steps",
@@ -66,12 +71,13 @@ SHOWN = {
 
 
 @dataclass
-class TrainArguments(DataArguments):
+class TrainArguments(EvaluationDataArguments):
     """
     What `hf-unlearn train` does besides the options of [`ExtrapolationConfig`].
 
     Args:
         accelerate_config (`str`, *optional*): Configuration of `accelerate launch`.
+        eval_alpha (`float`, *optional*, defaults to `1.0`): α of the evaluations during training.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to check and plan only.
         resume (`bool`, *optional*, defaults to `False`): Whether to go on from the last checkpoint.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace the adapter of an earlier run.
@@ -82,6 +88,12 @@ class TrainArguments(DataArguments):
         metadata={
             "help": "Run under `accelerate launch` with this configuration: a YAML file (recipes/accelerate has some) "
             "or a name that TRL ships (`multi_gpu`, `zero2`, `zero3`, ...)."
+        },
+    )
+    eval_alpha: float = field(
+        default=1.0,
+        metadata={
+            "help": "α at which the forget, retain and hold-out rows are evaluated during training, with --eval_strategy."
         },
     )
     dry_run: bool = field(
@@ -153,6 +165,8 @@ def run(argv: list[str]) -> int:
         callbacks=[interrupt],
         quantization_config=get_quantization_config(model),
     )
+    if config.eval_strategy != "no":
+        trainer.add_callback(_evaluation_callback(arguments, trainer))
     if trainer.is_world_process_zero():
         console.print(trainer.data_report.render())
     with interrupt:
@@ -207,6 +221,17 @@ def _load_tokenizer(model: LoraModelConfig) -> PreTrainedTokenizerBase:
         raise UnlearningError(
             f"--model_name_or_path {model.model_name_or_path}: no tokenizer found ({error})"
         ) from error
+
+
+def _evaluation_callback(arguments: TrainArguments, trainer: ExtrapolationTrainer) -> EvaluationCallback:
+    """Evaluates the sets of the run, as far as there are any."""
+    sets = {name: arguments.load(name) for name in ("forget", "retain", "holdout")}
+    chat = trainer.processing_class.chat_template is not None
+    max_length = trainer.args.max_length
+    protocol = custom_protocol(
+        {name: rows for name, rows in sets.items() if rows is not None}, chat=chat, max_length=max_length
+    )
+    return EvaluationCallback(trainer, protocol, arguments.eval_alpha)
 
 
 def _launch(accelerate_config: str, argv: list[str]) -> int:

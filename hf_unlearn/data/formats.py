@@ -73,6 +73,11 @@ def to_prompt_completion(dataset: datasets.Dataset, *, name: str, chat: bool) ->
     return datasets.Dataset.from_list(rows)
 
 
+def text_of(part: str | Messages) -> str:
+    """The plain text of a prompt or completion: itself, or the content of its last message."""
+    return part if isinstance(part, str) else part[-1]["content"]
+
+
 def _find_shape(columns: list[str], name: str) -> Callable[[dict[str, Any], str, bool], Iterator[Pair]]:
     for shape, read in _SHAPES.items():
         if set(shape) <= set(columns):

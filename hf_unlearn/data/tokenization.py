@@ -15,7 +15,11 @@ from hf_unlearn.errors import UnlearningError
 IGNORED = -100  # label of a position that is not scored
 
 
-def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode_prompt(
+    prompt: str | list[dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> list[int]:
     """
     Encode a prompt as the start of a sequence, for generation.
 
@@ -28,13 +32,16 @@ def encode_prompt(prompt: str | list[dict[str, str]], tokenizer: PreTrainedToken
             Text or messages.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer; messages need its chat template.
+        chat_template_kwargs (`dict`, *optional*):
+            Variables of the chat template, such as `{"date_string": "10 Apr 2025"}` for one that writes today's date.
 
     Returns:
         `list[int]`: token ids, with the special tokens that open a sequence.
     """
     if isinstance(prompt, str):
         return _encode_text(prompt, tokenizer)
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    kwargs = chat_template_kwargs or {}
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False, **kwargs)
 
 
 def encode_pair(
@@ -42,6 +49,7 @@ def encode_pair(
     completion: str | list[dict[str, str]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """
     Encode a prompt and its answer, and mark the answer.
@@ -60,17 +68,22 @@ def encode_pair(
             Tokenizer; messages need its chat template.
         max_length (`int`, *optional*):
             Longest sequence. Not limited if not set.
+        chat_template_kwargs (`dict`, *optional*):
+            Variables of the chat template.
 
     Returns:
         `dict` with `input_ids` and `labels` (`list[int]` of one length; labels are −100 outside the answer) and
         `num_cut` (`int`), the answer tokens lost to `max_length`.
     """
-    prompt_ids = encode_prompt(prompt, tokenizer)
+    prompt_ids = encode_prompt(prompt, tokenizer, chat_template_kwargs)
     if is_blank(completion):
         ids, start = prompt_ids, len(prompt_ids)
     else:
-        encode = _encode_full_text if isinstance(completion, str) else _encode_conversation
-        ids = encode(prompt + completion, tokenizer)
+        if isinstance(completion, str):
+            ids = _encode_full_text(prompt + completion, tokenizer)
+        else:
+            kwargs = chat_template_kwargs or {}
+            ids = tokenizer.apply_chat_template(prompt + completion, return_dict=False, **kwargs)
         start = _common_prefix_length(prompt_ids, ids)
         if not isinstance(completion, str):
             ids = _cut_after_last_eos(ids, start, tokenizer.eos_token_id)
@@ -166,10 +179,6 @@ def _encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _encode_full_text(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids, eos_id = _encode_text(text, tokenizer), tokenizer.eos_token_id
     return ids if eos_id is None or ids[-1:] == [eos_id] else [*ids, eos_id]
-
-
-def _encode_conversation(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer.apply_chat_template(messages, return_dict=False)
 
 
 def _common_prefix_length(ids: list[int], other_ids: list[int]) -> int:

@@ -2,79 +2,124 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_unlearn.data.formats import Messages
 from hf_unlearn.data.tokenization import encode_prompt
+from hf_unlearn.evaluation.batching import BatchSize, run_in_batches
+from hf_unlearn.evaluation.forward import causal_lm_of, device_of, hidden_states, keeps_state, pad
+from hf_unlearn.lm_head import LMHead
 
 
+MAX_TOKENS = 16384  # prompt and answer tokens of an automatic batch: their keys and values are what fills the memory
+
+
+@torch.no_grad()
 def generate_answers(
     model: PreTrainedModel | PeftModel,
-    prompts: list[str | list[dict[str, Any]]],
+    prompts: Sequence[str | Messages],
     tokenizer: PreTrainedTokenizerBase,
-    max_new_tokens: int = 64,
-    batch_size: int = 16,
+    *,
+    max_new_tokens: int = 200,
+    batch_size: BatchSize = "auto",
+    chat_template_kwargs: dict[str, Any] | None = None,
     progress: str | None = None,
+    on_results: Callable[[list[int], list[str]], None] | None = None,
 ) -> list[str]:
     """
-    Answer prompts by greedy decoding, left-padded, until EOS.
+    Answer prompts by greedy decoding, left-padded, until EOS; rows that have ended leave the batch.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             A causal LM, used as it stands.
-        prompts (list of `str` or of messages):
+        prompts (sequence of `str` or of messages):
             Prompts as [`~hf_unlearn.data.to_prompt_completion`] gives them.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer of the model.
-        max_new_tokens (`int`, *optional*, defaults to `64`):
+        max_new_tokens (`int`, *optional*, defaults to `200`):
             Longest answer.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Prompts in a batch.
+        batch_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
+            Prompts in a batch, or batches of up to 16384 tokens.
+        chat_template_kwargs (`dict`, *optional*):
+            Variables of the chat template.
         progress (`str`, *optional*):
             Label of a progress bar; none is shown if not given.
+        on_results (`Callable`, *optional*):
+            Gets the indices and answers of each batch of this process as soon as it is done.
 
     Returns:
         `list[str]`: the answers without special tokens and outer white space, in the order of the prompts.
     """
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=_eos_token_ids(model, tokenizer),
-        pad_token_id=pad_token_id,
-    )
-    encoded = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]), reverse=True)
-    answers = [""] * len(prompts)
+    lm = causal_lm_of(model)
+    ends = _eos_token_ids(lm, tokenizer)
+    encoded = [encode_prompt(prompt, tokenizer, chat_template_kwargs) for prompt in prompts]
+    decode = _decode_with_state if keeps_state(lm) else _decode
     was_training = model.training
     model.eval()
+
+    def run(indices: list[int]) -> list[str]:
+        answers = decode(lm, [encoded[index] for index in indices], max_new_tokens, ends)
+        return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
     try:
-        for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, leave=False):
-            indices = order[start : start + batch_size]
-            length = max(len(encoded[index]) for index in indices)
-            padding = [length - len(encoded[index]) for index in indices]
-            ids = torch.tensor(
-                [[pad_token_id] * n + encoded[index] for n, index in zip(padding, indices, strict=True)]
-            )
-            mask = torch.tensor([[0] * n + [1] * (length - n) for n in padding])
-            with torch.no_grad():
-                output = model.generate(
-                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-                )
-            texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
-            for index, text in zip(indices, texts, strict=True):
-                answers[index] = text.strip()
+        return run_in_batches(
+            [len(ids) + max_new_tokens for ids in encoded],
+            run,
+            batch_size=batch_size,
+            max_tokens=MAX_TOKENS,
+            progress=progress,
+            on_results=on_results,
+        )
     finally:
         model.train(was_training)
+
+
+def _decode(lm: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, ends: list[int]) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in prompts]
+    live = list(range(len(prompts)))
+    head, cache = LMHead.of(lm), DynamicCache(config=lm.config)
+    ids, mask = pad(prompts, "left", device_of(lm))
+    for step in range(max_new_tokens):
+        tokens = head.logits(hidden_states(lm, ids, mask, cache)[:, -1]).argmax(-1)
+        for row, token in zip(live, tokens.tolist(), strict=True):
+            answers[row].append(token)
+        going = [index for index, row in enumerate(live) if answers[row][-1] not in ends]
+        if not going or step == max_new_tokens - 1:
+            break
+        if len(going) < len(live):
+            live = [live[index] for index in going]
+            kept = torch.tensor(going, device=tokens.device)
+            tokens, mask = tokens[kept], mask[kept]
+            cache.batch_select_indices(kept)
+        ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
     return answers
 
 
-def _eos_token_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _decode_with_state(
+    lm: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, ends: list[int]
+) -> list[list[int]]:
+    """For models whose state cannot drop rows: the library's own loop, which keeps them to the end."""
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
+    )
+    ids, mask = pad(prompts, "left", device_of(lm))
+    of_model, lm.generation_config = lm.generation_config, config  # else its penalties would join in
+    try:
+        output = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    finally:
+        lm.generation_config = of_model
+    answers = output[:, ids.shape[1] :].tolist()
+    lengths = [next((n for n, token in enumerate(answer, start=1) if token in ends), None) for answer in answers]
+    return [answer[:length] for answer, length in zip(answers, lengths, strict=True)]
+
+
+def _eos_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the tokenizer's EOS and those of the model's generation config."""
-    of_model = model.generation_config.eos_token_id
+    of_model = lm.generation_config.eos_token_id
     of_model = of_model if isinstance(of_model, list) else [of_model]
     return sorted({token for token in [tokenizer.eos_token_id, *of_model] if token is not None})

@@ -1,99 +1,234 @@
-"""One teacher-forced pass: what every metric of a row is computed from."""
+"""One teacher-forced pass: what every metric of a row but those of generated text is computed from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import datasets
 import numpy as np
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_unlearn.data.tokenization import IGNORED
-from hf_unlearn.lm_head import LMHead, forward_and_score
+from hf_unlearn.data.formats import Messages
+from hf_unlearn.data.tokenization import IGNORED, encode_pair
+from hf_unlearn.evaluation.batching import BatchSize, run_in_batches
+from hf_unlearn.evaluation.forward import causal_lm_of, device_of, hidden_states, keeps_state, pad
+from hf_unlearn.lm_head import LMHead
+
+
+MAX_TOKENS = 4096  # padded tokens of an automatic batch
+
+Reference = Callable[[], AbstractContextManager[PreTrainedModel | PeftModel]]
 
 
 @dataclass(frozen=True)
-class RowScores:
+class EncodedAnswers:
     """
-    The answer tokens of one row under a model, EOS included.
+    A prompt with one or more answers.
+
+    Args:
+        prefix (`list[int]`): The tokens that all its sequences begin with and none of which is scored.
+        rests (`list[list[int]]`): Per answer, the tokens after the prefix.
+        skipped (`list[int]`): Per answer, how many leading tokens of the rest still belong to the prompt.
+    """
+
+    prefix: list[int]
+    rests: list[list[int]]
+    skipped: list[int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to compute when the prefix is computed once."""
+        return len(self.prefix) + sum(map(len, self.rests))
+
+
+@dataclass(frozen=True)
+class AnswerScores:
+    """
+    The tokens of one answer under a model, EOS included.
 
     Args:
         log_probs (`np.ndarray` of shape `(n,)`, fp32): Log-probability of each answer token given all before it.
         is_top1 (`np.ndarray` of shape `(n,)`, bool): Whether the token is the model's first choice.
         ends_with_eos (`bool`): Whether the last token is EOS, which memorisation metrics leave out.
+        mean, std (`np.ndarray` of shape `(n,)`, fp32, *optional*): Moments of the log-probabilities over the
+            vocabulary at each position ([`LMHead.log_prob_moments`]), where they were asked for.
+        kl (`np.ndarray` of shape `(n,)`, fp32, *optional*): KL(p_ref ‖ p_θ) at each position, in nats, where a
+            reference was given.
     """
 
     log_probs: np.ndarray
     is_top1: np.ndarray
     ends_with_eos: bool
+    mean: np.ndarray | None = None
+    std: np.ndarray | None = None
+    kl: np.ndarray | None = None
+
+    def without_eos(self, values: np.ndarray) -> np.ndarray:
+        """The entries of one of the arrays that do not belong to EOS."""
+        return values[:-1] if self.ends_with_eos else values
 
 
-def score_rows(
-    model: PreTrainedModel | PeftModel,
-    dataset: datasets.Dataset,
-    eos_token_id: int | None,
-    batch_size: int = 16,
-    progress: str | None = None,
-) -> list[RowScores]:
+def encode_answers(
+    prompt: str | Messages,
+    completions: Sequence[str | Messages],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+) -> EncodedAnswers:
     """
-    Score the answers of a tokenised set in one forward pass, in the order of its rows.
+    Encode a prompt with its answers, each as [`~hf_unlearn.data.encode_pair`] would encode it alone.
 
-    Rows are batched by length and right-padded; log-probabilities are taken on answer positions only, in fp32.
+    Args:
+        prompt (`str` or messages): The prompt.
+        completions (sequence of the same): Its answers.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Tokenizer.
+        max_length (`int`, *optional*): Longest sequence. Not limited if not set.
+        chat_template_kwargs (`dict`, *optional*): Variables of the chat template.
+    """
+    pairs = [encode_pair(prompt, answer, tokenizer, max_length, chat_template_kwargs) for answer in completions]
+    sequences = [pair["input_ids"] for pair in pairs]
+    starts = [_num_unscored(pair["labels"]) for pair in pairs]
+    shared = min(starts)
+    while any(sequence[:shared] != sequences[0][:shared] for sequence in sequences):  # tokens merge with the answer
+        shared -= 1
+    return EncodedAnswers(
+        prefix=sequences[0][:shared],
+        rests=[sequence[shared:] for sequence in sequences],
+        skipped=[start - shared for start in starts],
+    )
+
+
+@torch.no_grad()
+def score_answers(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[EncodedAnswers],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: BatchSize = "auto",
+    moments: bool = False,
+    reference: Reference | None = None,
+    progress: str | None = None,
+    on_results: Callable[[list[int], list[list[AnswerScores]]], None] | None = None,
+) -> list[list[AnswerScores]]:
+    """
+    Score answers in one forward pass over each prompt and each answer, in the order of the rows.
+
+    Answers of one prompt continue from its keys and values, so the prompt is computed once. Rows are batched by length;
+    only answer positions are projected to the vocabulary, in fp32.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             A causal LM. It is used as it stands: with a rescaled adapter, that is θ_for.
-        dataset (`datasets.Dataset`):
-            Rows of [`~hf_unlearn.data.tokenize_rows`], each with an answer.
-        eos_token_id (`int`, *optional*):
-            The EOS token of the tokenizer.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Rows in a forward pass. It does not change the values.
+        rows (sequence of [`EncodedAnswers`]):
+            What to score.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of the model.
+        batch_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
+            Rows in a batch, or batches of up to 4096 padded tokens. It does not change the values.
+        moments (`bool`, *optional*, defaults to `False`):
+            Whether to take the moments over the vocabulary, for min-k++.
+        reference (`Callable`, *optional*):
+            Gives a context in which the reference model is live, for the KL to it.
         progress (`str`, *optional*):
             Label of a progress bar; none is shown if not given.
+        on_results (`Callable`, *optional*):
+            Gets the indices and scores of each batch of this process as soon as it is done.
     """
-    causal_lm = model.get_base_model() if isinstance(model, PeftModel) else model
-    device = causal_lm.get_input_embeddings().weight.device
-    columns = dataset.select_columns(["input_ids", "labels"])
-    rows = columns[:]
-    order = sorted(range(len(dataset)), key=lambda index: len(rows["input_ids"][index]), reverse=True)
-    scores: list[RowScores | None] = [None] * len(dataset)
     was_training = model.training
     model.eval()
+    share = not keeps_state(causal_lm_of(model))
+
+    def run(indices: list[int]) -> list[list[AnswerScores]]:
+        batch = [rows[index] for index in indices]
+        shared = share and bool(batch[0].prefix) and len(batch[0].rests) > 1
+        return _score_batch(model, batch, tokenizer.eos_token_id, shared, moments, reference)
+
     try:
-        starts = range(0, len(order), batch_size)
-        for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
-            indices = order[start : start + batch_size]
-            ids, mask, labels = _pad_rows([(rows["input_ids"][i], rows["labels"][i]) for i in indices], device)
-            at = labels != IGNORED
-
-            def score(hidden: torch.Tensor, head: LMHead, at=at, labels=labels):
-                return head.score(hidden[:, :-1][at], labels[at])
-
-            with torch.no_grad():
-                log_probs, is_top1 = forward_and_score(causal_lm, score, input_ids=ids, attention_mask=mask)
-            lengths = at.sum(1).tolist()
-            for index, row_log_probs, row_is_top1 in zip(
-                indices, log_probs.float().cpu().split(lengths), is_top1.cpu().split(lengths), strict=True
-            ):
-                ends_with_eos = eos_token_id is not None and rows["input_ids"][index][-1] == eos_token_id
-                scores[index] = RowScores(row_log_probs.numpy(), row_is_top1.numpy(), ends_with_eos)
+        return run_in_batches(
+            [row.num_tokens for row in rows],
+            run,
+            batch_size=batch_size,
+            max_tokens=MAX_TOKENS,
+            kinds=[len(row.rests) if row.prefix else 0 for row in rows],
+            progress=progress,
+            on_results=on_results,
+        )
     finally:
         model.train(was_training)
-    return scores
 
 
-def _pad_rows(rows: list[tuple[list[int], list[int]]], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Right-padded input ids and attention mask of shape `(B, T)`, and shifted labels of shape `(B, T − 1)`."""
-    length = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, IGNORED)
-    for index, (row_ids, row_labels) in enumerate(rows):
-        ids[index, : len(row_ids)] = torch.tensor(row_ids)
-        mask[index, : len(row_ids)] = 1
-        labels[index, : len(row_ids)] = torch.tensor(row_labels)
-    return ids.to(device), mask.to(device), labels[:, 1:].to(device)
+class _Sequence(NamedTuple):
+    """One answer of a batch: its prompt's place in the batch, its tokens after the prefix, and which are scored."""
+
+    row: int
+    rest: list[int]
+    skipped: int
+
+
+def _score_batch(
+    model: PreTrainedModel | PeftModel,
+    batch: list[EncodedAnswers],
+    eos_token_id: int | None,
+    shared: bool,
+    moments: bool,
+    reference: Reference | None,
+) -> list[list[AnswerScores]]:
+    answers = [
+        _Sequence(index, rest, skipped)
+        for index, row in enumerate(batch)
+        for rest, skipped in zip(row.rests, row.skipped, strict=True)
+    ]
+    positions = _shared_positions if shared else _plain_positions
+    lm = causal_lm_of(model)
+    hidden, head = positions(lm, batch, answers), LMHead.of(lm)
+    tokens = [token for answer in answers for token in answer.rest[answer.skipped :]]
+    targets = torch.tensor(tokens, dtype=torch.long)
+    log_probs, is_top1 = head.score(hidden.float(), targets.to(hidden.device))  # logits in fp32 too
+    columns = {"log_probs": log_probs, "is_top1": is_top1}
+    if moments:
+        columns["mean"], columns["std"] = head.log_prob_moments(hidden)
+    if reference is not None:
+        with reference() as reference_model:
+            reference_lm = causal_lm_of(reference_model)
+            reference_hidden = positions(reference_lm, batch, answers)
+            columns["kl"] = head.kl_from_reference(hidden, reference_hidden, LMHead.of(reference_lm)).float()
+    counts = [len(answer.rest) - answer.skipped for answer in answers]
+    parts = {name: column.cpu().split(counts) for name, column in columns.items()}
+    results: list[list[AnswerScores]] = [[] for _ in batch]
+    for index, answer in enumerate(answers):
+        arrays = {name: part[index].numpy().copy() for name, part in parts.items()}
+        results[answer.row].append(AnswerScores(**arrays, ends_with_eos=answer.rest[-1:] == [eos_token_id]))
+    return results
+
+
+def _plain_positions(lm: PreTrainedModel, batch: list[EncodedAnswers], answers: list[_Sequence]) -> torch.Tensor:
+    """Hidden states that predict the answer tokens, shape `(N, H)`, from whole sequences."""
+    ids, mask = pad([batch[answer.row].prefix + answer.rest for answer in answers], "right", device_of(lm))
+    hidden = hidden_states(lm, ids, mask)
+    return torch.cat(
+        [
+            hidden[index, len(batch[answer.row].prefix) + answer.skipped - 1 :][: len(answer.rest) - answer.skipped]
+            for index, answer in enumerate(answers)
+        ]
+    )
+
+
+def _shared_positions(lm: PreTrainedModel, batch: list[EncodedAnswers], answers: list[_Sequence]) -> torch.Tensor:
+    """The same, from prompts that are computed once and answers that continue from them."""
+    cache = DynamicCache(config=lm.config)
+    ids, prefix_mask = pad([row.prefix for row in batch], "left", device_of(lm))
+    last_of_prefix = hidden_states(lm, ids, prefix_mask, cache)[:, -1:]
+    of_rows = torch.tensor([answer.row for answer in answers], device=ids.device)
+    cache.batch_select_indices(of_rows)
+    ids, mask = pad([answer.rest for answer in answers], "right", device_of(lm))
+    hidden = hidden_states(lm, ids, torch.cat([prefix_mask[of_rows], mask], dim=1), cache)
+    hidden = torch.cat([last_of_prefix[of_rows], hidden], dim=1)
+    return torch.cat([hidden[index, answer.skipped : len(answer.rest)] for index, answer in enumerate(answers)])
+
+
+def _num_unscored(labels: list[int]) -> int:
+    return next((index for index, label in enumerate(labels) if label != IGNORED), len(labels))

@@ -35,6 +35,7 @@ from hf_unlearn.extrapolation.live import adapter_scale
 from hf_unlearn.extrapolation.provenance import package_versions, write_provenance
 from hf_unlearn.lm_head import LMHead, TokenScores, add_score_fn_to_forward
 from hf_unlearn.trainer.batch import ForgetTokens, MicroBatch, Reference
+from hf_unlearn.trainer.evaluation_callback import EvaluationCallback
 from hf_unlearn.trainer.unlearning_config import UnlearningConfig
 
 
@@ -54,6 +55,14 @@ class _RunCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        evaluates = any(
+            isinstance(callback, EvaluationCallback) for callback in self.trainer.callback_handler.callbacks
+        )
+        if args.eval_strategy != "no" and not self.trainer.eval_dataset and not evaluates:
+            raise UnlearningError(
+                f"eval_strategy={args.eval_strategy.value!r} has nothing to evaluate. Pass `eval_dataset`, add an "
+                "`EvaluationCallback`, or set eval_strategy='no'."
+            )
         seen = [log["num_tokens"] for log in state.log_history if "num_tokens" in log]
         self.trainer._total_train_tokens = seen[-1] if seen else 0
 
@@ -83,7 +92,7 @@ class UnlearningTrainer(SFTTrainer):
         retain_dataset (`datasets.Dataset`, `str` or list of `dict`, *optional*):
             What must stay, in any of the same shapes. Required unless `retain_kl_weight=0`.
         eval_dataset (the same, or a `dict` of such sets, *optional*):
-            Evaluated by their answer loss.
+            Evaluated by their answer loss. For the metrics of a protocol add an [`EvaluationCallback`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer; loaded with the model's name if not given.
         peft_config ([`~peft.LoraConfig`], *optional*):
@@ -146,7 +155,8 @@ class UnlearningTrainer(SFTTrainer):
             model=model,
             args=args,
             train_dataset=self.forget_dataset,
-            eval_dataset=self._prepare_eval_sets(eval_dataset, processing_class, args),
+            # `None` is refused where `eval_strategy` is set, and an `EvaluationCallback` has sets of its own.
+            eval_dataset=self._prepare_eval_sets({} if eval_dataset is None else eval_dataset, processing_class, args),
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
@@ -208,8 +218,6 @@ class UnlearningTrainer(SFTTrainer):
         return report
 
     def _prepare_eval_sets(self, sets: Any, tokenizer: PreTrainedTokenizerBase, args: UnlearningConfig) -> Any:
-        if sets is None:
-            return None
         if isinstance(sets, dict):
             return {name: self._prepare_eval_sets(rows, tokenizer, args) for name, rows in sets.items()}
         return drop_untrainable(self._tokenized(sets, "evaluation set", tokenizer, args))
@@ -347,6 +355,16 @@ class UnlearningTrainer(SFTTrainer):
             if count > 0:
                 logs[name] = value / count
         return logs | {"num_tokens": self._total_train_tokens}
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ):
+        """The losses of the evaluation sets, and what an [`EvaluationCallback`] adds."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if not metrics:  # no evaluation set, so no event yet
+            self.model.eval()
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:

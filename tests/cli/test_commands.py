@@ -18,6 +18,11 @@ from transformers import AutoModelForCausalLM
 
 import hf_unlearn
 from hf_unlearn.cli import COMMANDS, main
+from hf_unlearn.evaluation import scoring
+
+
+LOGS = Path(__file__).parents[3] / "shared" / "data" / "tofu_eval_logs"
+EVALUATION_OUTPUTS = {"report.html", "evaluation.json", "figures.csv", "rows.csv", "evaluation.png"}
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:
@@ -96,7 +101,7 @@ class TestHelp:
     def test_optional_packages_are_not_imported_unasked(self):
         code = (
             "import sys, hf_unlearn.trainer, hf_unlearn.cli.train, hf_unlearn.cli.sweep, hf_unlearn.cli.extrapolate\n"
-            "print(sorted({'deepspeed', 'bitsandbytes', 'gradio', 'evaluate'} & set(sys.modules)))"
+            "print(sorted({'deepspeed', 'bitsandbytes', 'gradio', 'lm_eval'} & set(sys.modules)))"
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert result.stdout.strip() == "[]"
@@ -127,6 +132,29 @@ class TestBadInput:
             (["extrapolate", "--adapter", "ADAPTER", "--alpha", "-1", "--output_dir", "x"], "alpha"),
             (["extrapolate", "--adapter", "ADAPTER", "--alpha", "1", "--output_dir", "x", "--dtype", "int8"], "dtype"),
             (["extrapolate", "--adapter", "MODEL", "--alpha", "1", "--output_dir", "x"], "adapter_config.json"),
+            (["eval", "--output_dir", "x"], "--model, --adapter and --log"),
+            (["eval", "--model", "MODEL", "--adapter", "ADAPTER", "--output_dir", "x"], "--model and --adapter"),
+            (["eval", "--model", "MODEL"], "--output_dir"),
+            (["eval", "--model", "MODEL", "--output_dir", "x"], "--forget_dataset"),
+            (
+                ["eval", "--model", "MODEL", "--output_dir", "x", "--protocol", "tofu", "--data_dir", "no"],
+                "--data_dir",
+            ),
+            (
+                ["eval", "--model", "MODEL", "--output_dir", "x", "--protocol", "tofu", "--split", "forget2"],
+                "forget05",
+            ),
+            (["eval", "--model", "MODEL", "--output_dir", "x", "--batch_size", "0"], "--batch_size"),
+            (
+                ["eval", "--model", "MODEL", "--output_dir", "x", "--chat_template_kwargs", "{"],
+                "--chat_template_kwargs",
+            ),
+            (["eval", "--log", "no.json", "--output_dir", "x"], "no.json"),
+            (["eval", "--log", "F", "--output_dir", "x"], "TOFU_EVAL.json"),
+            (
+                ["eval", "--model", "MODEL", "--output_dir", "x", "--protocol", "muse", "--forget_dataset", "F"],
+                "--forget_dataset",
+            ),
             (["sweep", "--output_dir", "x"], "--adapter"),
             (["sweep", "--adapter", "ADAPTER", "--output_dir", "x"], "--forget_dataset"),
             (["sweep", "--adapter", "ADAPTER", "--output_dir", "x", "--alphas", "0"], "--alphas"),
@@ -273,6 +301,112 @@ class TestExtrapolate:
         assert not (tmp_path / "m").exists()
 
 
+def set_arguments(files, *names: str) -> list[str]:
+    return [part for name in names for part in (f"--{name}_dataset", files[name])]
+
+
+class TestTrainWithEvaluation:
+    def test_the_sets_of_the_run_are_evaluated_at_the_chosen_steps(self, files, tmp_path):
+        options = ["--eval_strategy", "epoch", "--num_train_epochs", "2", "--eval_alpha", "0.5"]
+        options += set_arguments(files, "holdout")
+        assert main(train_arguments(files, tmp_path / "run", *options)) == 0
+        history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+        logs = [log for log in history if "eval_trade_off" in log]
+        assert len(logs) == 2
+        assert {"eval_forget_probability", "eval_retain_kl", "eval_holdout_perplexity"} <= logs[0].keys()
+
+
+class TestEval:
+    def test_a_model(self, files, tmp_path, capsys):
+        arguments = ["eval", "--model", files["model"], "--max_new_tokens", "4", "--output_dir", str(tmp_path / "e")]
+        arguments += set_arguments(files, "forget", "retain", "holdout")
+        assert main(arguments) in (0, 1)  # a random model may well count as collapsed
+        assert {path.name for path in (tmp_path / "e").iterdir()} == EVALUATION_OUTPUTS
+        text = capsys.readouterr().out
+        assert "forget_quality: not computed: no retrained log" in text
+        assert "retain_kl: not computed: no reference model" in text
+        assert main(arguments) == 2
+        assert "--overwrite" in capsys.readouterr().err
+
+    def test_an_adapter_at_several_alphas_equals_the_models_written_at_them(self, files, adapter, tmp_path):
+        sets = set_arguments(files, "forget", "retain", "holdout")
+        common = ["--max_new_tokens", "4", *sets]
+        arguments = ["eval", "--adapter", adapter, "--alphas", "0.25", "2", "--output_dir", str(tmp_path / "e")]
+        assert main([*arguments, *common]) == 0
+        live = json.loads((tmp_path / "e" / "evaluation.json").read_text())["evaluations"]
+        assert [one["alpha"] for one in live] == [0.0, 0.25, 2.0]
+        model = tmp_path / "forget-model"
+        assert main(["extrapolate", "--adapter", adapter, "--alpha", "2", "--output_dir", str(model)]) == 0
+        arguments = ["eval", "--model", str(model), "--reference_model", files["model"]]
+        assert main([*arguments, *common, "--output_dir", str(tmp_path / "m")]) in (0, 1)
+        merged = json.loads((tmp_path / "m" / "evaluation.json").read_text())["evaluations"][0]
+        assert merged["alpha"] is None
+        for name, columns in merged["rows"].items():
+            for column in ("loss", "extraction_strength", "kl", "min_k_plus_plus_score"):
+                if column in columns:
+                    assert columns[column] == pytest.approx(live[2]["rows"][name][column], abs=1e-4), column
+        assert merged["answers"] == live[2]["answers"]
+
+    def test_an_interrupted_evaluation_goes_on(self, files, tmp_path, monkeypatch):
+        arguments = ["eval", "--model", files["model"], "--max_new_tokens", "4", "--output_dir", str(tmp_path / "e")]
+        arguments += ["--batch_size", "2", *set_arguments(files, "forget", "retain")]
+        score_batch, calls = scoring._score_batch, []
+
+        def interrupted(*args):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return score_batch(*args)
+
+        monkeypatch.setattr(scoring, "_score_batch", interrupted)
+        assert main(arguments) == 130
+        assert not (tmp_path / "e").exists()
+        assert main(arguments) in (0, 1)
+        # three batches of two forget rows and of two retain rows; the two done before are not run again
+        assert len(calls) == 3 + 4
+
+    def test_dry_run(self, files, adapter, tmp_path, capsys):
+        sets = set_arguments(files, "forget", "retain")
+        arguments = ["eval", "--adapter", adapter, "--output_dir", str(tmp_path / "e"), "--dry_run", *sets]
+        assert main(arguments) == 0
+        assert "6 forget, 6 retain" in capsys.readouterr().out
+        assert not (tmp_path / "e").exists()
+
+    def test_two_processes_write_one_result(self, files, tmp_path):
+        arguments = ["eval", "--model", files["model"], "--max_new_tokens", "4"]
+        arguments += set_arguments(files, "forget", "retain", "holdout")
+        assert main([*arguments, "--output_dir", str(tmp_path / "one")]) in (0, 1)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        command = [*launcher, "-m", "hf_unlearn.cli", *arguments, "--output_dir", str(tmp_path / "two")]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert (tmp_path / "two").exists(), result.stderr[-3000:]
+        one, two = (
+            json.loads((tmp_path / name / "evaluation.json").read_text())["evaluations"][0] for name in ("one", "two")
+        )
+        assert one["answers"] == two["answers"]
+        for name, figure in one["figures"].items():
+            assert two["figures"][name]["value"] == pytest.approx(figure["value"], abs=1e-5), name
+        assert len(list((tmp_path / "two.cache").glob("*.jsonl"))) == 2
+
+    @pytest.mark.skipif(not LOGS.exists(), reason="needs the published evaluation logs")
+    def test_a_published_log(self, tmp_path, capsys):
+        log = LOGS / "tofu_Llama-3.2-1B-Instruct_full" / "evals_forget01"
+        retrained = LOGS / "tofu_Llama-3.2-1B-Instruct_retain99"
+        arguments = ["eval", "--log", str(log), "--output_dir", str(tmp_path / "e"), "--retrained_log"]
+        assert main([*arguments, str(retrained)]) == 0
+        figures = json.loads((tmp_path / "e" / "evaluation.json").read_text())["evaluations"][0]["figures"]
+        assert figures["forget_quality"]["value"] == pytest.approx(0.006760732303569208, rel=1e-6)
+        assert figures["model_utility"]["value"] == pytest.approx(0.5991534707368931, rel=1e-6)
+        assert (tmp_path / "e" / "TOFU_EVAL.json").exists()
+        capsys.readouterr()
+        assert main([*arguments, str(log), "--overwrite"]) == 2
+        assert "the same file" in capsys.readouterr().err
+        other = LOGS / "tofu_Llama-3.2-1B-Instruct_retain90"
+        assert main([*arguments, str(other), "--overwrite"]) == 2
+        assert "40 rows" in capsys.readouterr().err
+
+
 class TestSweep:
     def test_outputs_and_exit_code(self, files, adapter, tmp_path, capsys):
         arguments = ["sweep", "--adapter", adapter, "--alphas", "0.25", "0.5", "--max_new_tokens", "4"]
@@ -280,7 +414,7 @@ class TestSweep:
             arguments += [f"--{name}_dataset", files[name]]
         code = main([*arguments, "--output_dir", str(tmp_path / "s")])
         names = {path.name for path in (tmp_path / "s").iterdir()}
-        assert names == {"sweep.csv", "sweep.json", "sweep.png", "choice.json", "report.html"}
+        assert names == {*EVALUATION_OUTPUTS, "choice.json"}
         choice = json.loads((tmp_path / "s" / "choice.json").read_text())
         assert code == (0 if choice["met"] else 1)
         assert choice["verdict"] in capsys.readouterr().out
@@ -315,7 +449,7 @@ class TestQuickstart:
     ):
         folder = tmp_path / "q"
         arguments = ["quickstart", "--model", str(tiny_model_dir), "--output_dir", str(folder)]
-        arguments += ["--plant_epochs", "1", "--steps", "1", "--min_retain", "0.999999", "--auc_tolerance", "0"]
+        arguments += ["--plant_epochs", "1", "--steps", "1", "--min_utility", "0.999999", "--auc_tolerance", "0"]
         assert main(arguments) == 1
         assert (folder / "result" / "report.html").exists()
         stamp = (folder / "planted-model" / "model.safetensors").stat().st_mtime_ns

@@ -78,3 +78,14 @@ def test_logs_and_adapter_are_those_of_one_process(runs):
         expected, adapter = (load_file(folder / run / name) for run in ("one", "two"))
         for tensor, value in expected.items():
             assert (adapter[tensor] - value).abs().max() < 1e-5, tensor
+
+
+def test_a_protocol_during_training_gives_the_figures_of_one_process(runs):
+    _, one, two = runs
+    assert [log["step"] for log in one[0]["evaluations"]] == [3, 6]
+    for facts in two:
+        for expected, log in zip(one[0]["evaluations"], facts["evaluations"], strict=True):
+            assert log.keys() == expected.keys()
+            for key, value in expected.items():
+                if key.startswith("eval_"):
+                    assert log[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key

@@ -1,146 +1,296 @@
-"""The rules that choose α, on curves drawn by hand, and the sweep against models merged by hand."""
+"""The rules that choose α, on curves drawn by hand."""
 
 from __future__ import annotations
 
-import csv
-import json
-import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from tiny import tiny_llama, tiny_rows, tiny_tokenizer
+from scipy import stats
 
 from hf_unlearn import UnlearningError
-from hf_unlearn.data import load_rows, to_prompt_completion, tokenize_rows
-from hf_unlearn.evaluation import Sweep, SweepPoint, choose_alpha, probability, score_rows
+from hf_unlearn.evaluation import Evaluation, Figure, choose_alpha, collapse
+from hf_unlearn.evaluation.figures import not_computed
+from hf_unlearn.evaluation.selection import trade_off
 
 
-class DrawnSweep:
-    """Forget and retain rows follow given curves; hold-out rows stay at log-probabilities −2 … −1.1."""
+SPREAD = np.linspace(0, 0.9, 10)
+HOLDOUT_LOSSES = 1.1 + SPREAD
 
-    def __init__(self, forget, retain, holdout=True):
-        self.forget, self.retain, self.holdout = forget, retain, holdout
-        self.evaluated: list[float] = []
 
-    def evaluate(self, alpha):
-        self.evaluated.append(alpha)
-        forget = list(self.forget(alpha) + np.linspace(0, 0.9, 10))
-        rows = {
-            "forget": {"log_probability": forget, "probability": list(np.exp(forget))},
-            "retain": {"probability": [self.retain(alpha)]},
-        }
-        if self.holdout:
-            rows["holdout"] = {"log_probability": list(np.linspace(-2, -1.1, 10)), "probability": [0.2]}
-        return SweepPoint(alpha, rows)
+class Drawn:
+    """
+    Losses, truth ratios and utility follow given functions of α.
+
+    Forget losses are `loss(α)` … `loss(α)` + 0.9 over ten rows, those of the hold-out rows 1.1 … 2.
+    """
+
+    def __init__(self, loss=None, utility=lambda alpha: 1.0, ratio=None, holdout=True, generated=False, log=None):
+        self.loss, self.utility, self.ratio, self.holdout, self.generated = loss, utility, ratio, holdout, generated
+        self.protocol = SimpleNamespace(name="drawn", utility="model_utility" if generated else "retain_probability")
+        self.retrained = log
+        self.calls: list[tuple[float, bool]] = []
+
+    def evaluate(self, alpha: float, generate: bool) -> Evaluation:
+        self.calls.append((alpha, generate))
+        evaluation = Evaluation("drawn", alpha, rows={"forget": {}})
+        figures = evaluation.figures
+        value = self.utility(alpha) if generate or not self.generated else None
+        figures[self.protocol.utility] = Figure(value, 10, note=None if value is not None else "not computed: missing")
+        if self.loss is not None:
+            losses = self.loss(alpha) + SPREAD
+            evaluation.rows["forget"]["loss"] = list(losses)
+            figures["forget_probability"] = Figure(float(np.exp(-losses).mean()), 10)
+            if self.holdout:
+                evaluation.rows["holdout"] = {"loss": list(HOLDOUT_LOSSES)}
+                auc = np.mean([(a < b) + 0.5 * (a == b) for a in losses for b in HOLDOUT_LOSSES])
+                figures["membership_auc_loss"] = Figure(float(auc), 20)
+        if self.ratio is None:
+            figures["forget_quality"] = not_computed("no retrained log")
+        else:
+            ratios = self.ratio(alpha) + SPREAD
+            evaluation.rows["forget"]["truth_ratio"] = list(ratios)
+            p_value = stats.ks_2samp(ratios, self.retrained.rows["forget"]["truth_ratio"]).pvalue
+            figures["forget_quality"] = Figure(float(p_value), 10)
+        return evaluation
 
     @property
-    def reference(self):
-        return self.evaluate(0.0)
+    def alphas(self) -> list[float]:
+        return [alpha for alpha, _ in self.calls]
 
 
-def test_match_holdout_finds_the_crossing():
-    # forget rows reach the range of the hold-out rows exactly at α = 2.5; the budget breaks at α = 5
-    sweep = DrawnSweep(lambda a: -0.8 * a, lambda a: 1 - 0.01 * a)
-    choice = choose_alpha(sweep, refinements=5)
-    assert choice.met
-    assert choice.alpha == pytest.approx(2.5, abs=0.07)
-    assert choice.membership_auc == pytest.approx(0.5, abs=0.1)
-    assert max(sweep.evaluated) == 4.0  # 8 is not evaluated once forgetting has gone too far
-    assert "never saw" in choice.verdict
+def grown(alpha: float) -> float:
+    """Forget rows reach the losses of the hold-out rows at α = 1.1 / 0.44 = 2.5."""
+    return 0.44 * alpha
 
 
-def test_match_holdout_that_breaks_the_budget_is_not_met():
-    sweep = DrawnSweep(lambda a: -0.8 * a, lambda a: 1 - 0.04 * a)  # 95 % at α = 1.25
-    choice = choose_alpha(sweep, refinements=6)
-    assert not choice.met
-    assert choice.alpha == pytest.approx(1.25, abs=0.03)
-    assert choice.retain_share >= 0.95
-    assert "stand out" in choice.verdict
-
-
-def test_over_forgetting_is_not_met():
-    # nothing between "all above" and "all below" the hold-out rows
-    choice = choose_alpha(DrawnSweep(lambda a: 5.0 if a < 0.3 else -50.0, lambda a: 1.0))
-    assert not choice.met
-
-
-def test_no_alpha_within_the_budget():
-    choice = choose_alpha(DrawnSweep(lambda a: -0.8 * a, lambda a: 1.0 if a == 0 else 0.5), refinements=3)
-    assert (choice.alpha, choice.met) == (0.0, False)
-    assert "No α" in choice.verdict
-
-
-def test_utility_budget_without_holdout():
-    sweep = DrawnSweep(lambda a: -0.8 * a, lambda a: 1 - 0.02 * a, holdout=False)  # 95 % at α = 2.5
-    choice = choose_alpha(sweep, refinements=6)
-    assert choice.met
-    assert choice.alpha == pytest.approx(2.5, abs=0.05)
-    assert choice.membership_auc is None
-    assert choice.rule.startswith("utility-budget")
-
-
-def test_a_grid_that_ends_too_early_says_so():
-    choice = choose_alpha(DrawnSweep(lambda a: -0.1 * a, lambda a: 1.0), alphas=[1, 2])
-    assert not choice.met
-    assert choice.alpha == 2
-    assert "not in the grid" in choice.verdict
-
-
-@pytest.fixture(scope="module")
-def sweep():
-    tokenizer = tiny_tokenizer()
-    model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"]))
-    torch.manual_seed(7)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    sets = {
-        name: tokenize_rows(
-            to_prompt_completion(load_rows(tiny_rows(4, seed)), name=name, chat=False), tokenizer, None
+class TestMatchHoldout:
+    def test_it_finds_the_crossing(self):
+        drawn = Drawn(grown, lambda alpha: 1 - 0.01 * alpha)
+        choice = choose_alpha(drawn, refinements=5)
+        assert choice.met
+        assert choice.alpha == pytest.approx(2.5, abs=0.07)
+        assert max(drawn.alphas) == 4.0  # 8 is not evaluated once forgetting has gone too far
+        assert (choice.target, choice.utility) == ("membership_auc_loss", "retain_probability")
+        assert (choice.auc_tolerance, choice.min_utility) == (0.1, 0.95)
+        assert choice.rule == (
+            "match-holdout: membership AUC of forget against hold-out rows nearest 0.5 (within 0.1), "
+            "retain probability at least 95% of the reference's"
         )
-        for seed, name in enumerate(("forget", "retain", "holdout"))
-    }
-    return Sweep(model, tokenizer, sets, max_new_tokens=4, progress=False)
+        assert choice.verdict.startswith(f"α = {choice.alpha:g}: membership AUC of forget against hold-out rows 0.")
+        assert "(reference 0.99)" not in choice.verdict  # at α = 0 all forget rows are likelier than all others
+        assert "(reference 1.00)" in choice.verdict
+        assert choice.verdict.endswith("Forget rows look like rows the model never saw.")
+
+    def test_the_evidence_is_every_alpha_tried(self):
+        drawn = Drawn(grown, lambda alpha: 1 - 0.02 * alpha)
+        choice = choose_alpha(drawn, [1, 4], refinements=1)
+        assert [entry["alpha"] for entry in choice.evidence] == [0.0, 1, 2.5, 4]
+        for entry in choice.evidence:
+            assert entry["utility"] == entry["utility_share"] == pytest.approx(1 - 0.02 * entry["alpha"])
+            assert entry["within_budget"] == (entry["alpha"] < 2.5 + 1e-9)
+        assert [entry["membership_auc_loss"] for entry in choice.evidence][:3] == pytest.approx(
+            [1.0, 0.92, 0.5], abs=0.03
+        )
+        assert choice.evidence[0]["remark"] == ""
+        assert "over-forgotten: membership AUC 0.0" in choice.evidence[3]["remark"]
+        assert choice.to_dict()["evidence"] == choice.evidence
+
+    def test_a_budget_that_breaks_first_is_not_met(self):
+        choice = choose_alpha(Drawn(grown, lambda alpha: 1 - 0.04 * alpha), refinements=6)  # 95 % at α = 1.25
+        assert not choice.met
+        assert choice.alpha == pytest.approx(1.25, abs=0.03)
+        assert "Forget rows still stand out, and a larger α breaks the utility budget" in choice.verdict
+
+    def test_a_grid_that_ends_too_early_says_so(self):
+        choice = choose_alpha(Drawn(lambda alpha: 0.1 * alpha), [1, 2])
+        assert (choice.alpha, choice.met) == (2, False)
+        assert "not in the grid" in choice.verdict
+
+    def test_over_forgetting_is_not_met(self):
+        """Nothing lies between all likelier and all less likely, and the reference is as far from 0.5 as the rest."""
+        choice = choose_alpha(Drawn(lambda alpha: -9.0 if alpha < 0.3 else 3.0), refinements=3)
+        assert not choice.met
+        assert choice.alpha > 0.3
+        assert choice.verdict.endswith("over-forgotten.")
+
+    def test_no_alpha_within_the_budget(self):
+        choice = choose_alpha(Drawn(grown, lambda alpha: 1.0 if alpha == 0 else 0.5), refinements=3)
+        assert (choice.alpha, choice.met) == (0.0, False)
+        assert "No α within the utility budget brings forget rows nearer to rows never seen." in choice.verdict
+
+    def test_a_reference_that_knows_nothing_of_the_forget_rows_is_no_success(self):
+        choice = choose_alpha(Drawn(lambda alpha: 1.1 + alpha), [1])  # AUC 0.5 at α = 0
+        assert (choice.alpha, choice.met) == (0.0, False)
+
+    def test_it_needs_hold_out_rows(self):
+        with pytest.raises(UnlearningError, match=r"match-holdout needs hold-out rows.*Pass a hold-out set"):
+            choose_alpha(Drawn(grown, holdout=False), rule="match-holdout")
+
+    @pytest.mark.parametrize(("tolerance", "met"), [(0.3, True), (0.1, False)])
+    def test_the_tolerance_decides_what_is_met(self, tolerance, met):
+        # losses 0.8 … 1.7 against 1.1 … 2: of 100 pairs, 7 are equal and in 21 the forget row is above: AUC 0.755
+        choice = choose_alpha(Drawn(lambda alpha: 0.8 * min(alpha, 1)), [1], auc_tolerance=tolerance)
+        assert (choice.alpha, choice.met) == (1, met)
 
 
-def test_sweep_equals_a_model_merged_by_hand(sweep):
-    alpha = 1.5
-    point = sweep.evaluate(alpha)
-    merged = tiny_llama()
-    with torch.no_grad():
-        for name, module in merged.named_modules():
-            if name.endswith(("q_proj", "up_proj")):
-                lora = sweep.model.get_submodule(f"base_model.model.{name}")
-                product = lora.lora_B["default"].weight.double() @ lora.lora_A["default"].weight.double()
-                module.weight.copy_(module.weight.double() - alpha * (8 / 4) * product)
-    for name, rows in sweep.sets.items():
-        expected = [probability(row) for row in score_rows(merged.eval(), rows, 2)]
-        assert point.rows[name]["probability"] == pytest.approx(expected, rel=1e-4)
-    before = sweep.reference.mean("forget", "probability")
-    assert point.mean("forget", "probability") != pytest.approx(before, rel=0.01)
+class TestMatchRetrain:
+    # truth ratios of the retrained model: 0.5 … 1.4; those of the forget rows reach them at α = 2
+    LOG = Evaluation("drawn", rows={"forget": {"truth_ratio": list(0.5 + SPREAD)}})
+
+    def test_it_finds_the_largest_forget_quality(self):
+        drawn = Drawn(lambda alpha: 0.01 * alpha, ratio=lambda alpha: 0.251 * alpha - 1e-3, log=self.LOG)
+        choice = choose_alpha(drawn, refinements=4)
+        assert choice.met
+        assert choice.alpha == pytest.approx(2.0, abs=0.25)
+        assert choice.target == "forget_quality"
+        assert choice.auc_tolerance is None
+        assert choice.rule.startswith("match-retrain: the largest forget quality")
+        assert choice.verdict.endswith("cannot be told from the retrained model's.")
+        best = max(choice.evidence, key=lambda entry: entry["forget_quality"])
+        assert (
+            best["forget_quality"] == next(e for e in choice.evidence if e["alpha"] == choice.alpha)["forget_quality"]
+        )
+        assert 8 not in drawn.alphas
+
+    def test_still_told_apart(self):
+        ratio = lambda alpha: -3 + 0.1 * alpha  # noqa: E731
+        choice = choose_alpha(Drawn(ratio=ratio, log=self.LOG, loss=grown), [1, 2], rule="match-retrain")
+        assert not choice.met
+        # All α give the same p-value, that of samples which do not overlap: the reference stays
+        assert choice.alpha == 0
+        assert choice.verdict.endswith("nearer to the retrained model than the reference.")
+        some = choose_alpha(Drawn(ratio=lambda alpha: -0.55 + 0.1 * alpha, log=self.LOG), [1, 2])
+        assert (some.alpha, some.met) == (2, False)
+        assert some.verdict.endswith("Still told apart from the retrained model (p ≤ 0.05).")
+
+    def test_the_budget_bounds_it(self):
+        drawn = Drawn(ratio=lambda alpha: 0.25 * alpha, log=self.LOG, utility=lambda alpha: 1 - 0.05 * alpha)
+        choice = choose_alpha(drawn, refinements=5)
+        assert choice.alpha == pytest.approx(1.0, abs=0.04)
+
+    def test_it_needs_a_log(self):
+        with pytest.raises(UnlearningError, match=r"match-retrain.*no retrained log.*Pass a retrained model's log"):
+            choose_alpha(Drawn(grown), rule="match-retrain")
 
 
-def test_sweep_files(sweep, tmp_path):
-    sweep.run([0.5, 1.0], generate=True)
-    sweep.save(tmp_path)
-    with open(tmp_path / "sweep.csv", encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    content = json.loads((tmp_path / "sweep.json").read_text())
-    assert [float(line["alpha"]) for line in lines] == [point.alpha for point in sweep.points]
-    for line, entry in zip(lines, content, strict=True):
-        assert float(line["forget_probability"]) == pytest.approx(np.mean(entry["rows"]["forget"]["probability"]))
-        assert 0 <= float(line["membership_auc"]) <= 1
-    generated = [line for line in lines if float(line["alpha"]) in (0, 0.5, 1.0)]
-    assert len(generated) == 3
-    assert all(math.isfinite(float(value)) for line in generated for value in line.values() if value)
-    assert all(line["forget_rouge_l"] and line["retain_rouge_l"] for line in generated)
+class TestUtilityBudget:
+    def test_the_largest_alpha_within_it(self):
+        drawn = Drawn(grown, lambda alpha: 1 - 0.02 * alpha, holdout=False)  # 95 % at α = 2.5
+        choice = choose_alpha(drawn, refinements=6)
+        assert choice.met
+        assert choice.alpha == pytest.approx(2.5, abs=0.05)
+        assert (choice.target, choice.auc_tolerance) == ("", None)
+        assert choice.rule.startswith("utility-budget: the largest α")
+        assert choice.verdict.endswith(
+            "Without hold-out rows nobody can say whether that is forgotten or over-forgotten."
+        )
+        assert "Forget probability 0.664 → " in choice.verdict  # (1 − e⁻¹) / 10 (1 − e⁻⁰·¹)
+
+    def test_another_budget(self):
+        drawn = Drawn(grown, lambda alpha: 1 - 0.1 * alpha)
+        choice = choose_alpha(drawn, rule="utility-budget", min_utility=0.7, refinements=6)
+        assert choice.alpha == pytest.approx(3.0, abs=0.05)
+        assert choice.rule.endswith("at least 70% of the reference's")
+        assert "Without hold-out rows" not in choice.verdict  # there are some
+
+    def test_it_is_not_met_where_nothing_is_forgotten(self):
+        choice = choose_alpha(Drawn(lambda alpha: 1.0 - 0.01 * alpha, holdout=False))
+        assert (choice.alpha, choice.met) == (8, False)
+
+    def test_no_alpha_within_it(self):
+        choice = choose_alpha(Drawn(grown, lambda alpha: float(alpha == 0), holdout=False), [1], refinements=2)
+        assert (choice.alpha, choice.met) == (0.0, False)
 
 
-def test_sweep_needs_its_sets(sweep):
-    with pytest.raises(UnlearningError, match="retain"):
-        Sweep(sweep.model, sweep.tokenizer, {"forget": sweep.sets["forget"]})
-    with pytest.raises(UnlearningError, match="forget set has no row"):
-        Sweep(sweep.model, sweep.tokenizer, {**sweep.sets, "forget": sweep.sets["forget"].select([])})
+def test_the_rule_is_the_first_that_the_data_allow():
+    log = TestMatchRetrain.LOG
+    names = [
+        choose_alpha(drawn, [1], refinements=0).rule.split(":")[0]
+        for drawn in (Drawn(grown, ratio=grown, log=log), Drawn(grown), Drawn(grown, holdout=False))
+    ]
+    assert names == ["match-retrain", "match-holdout", "utility-budget"]
+
+
+def test_an_unknown_rule():
+    with pytest.raises(UnlearningError, match=r"'lowest'.*match-retrain, match-holdout, utility-budget"):
+        choose_alpha(Drawn(grown), rule="lowest")
+
+
+@pytest.mark.parametrize("generated", [False, True])
+def test_answers_are_generated_only_where_the_utility_needs_them(generated):
+    drawn = Drawn(grown, lambda alpha: 1 - 0.01 * alpha, generated=generated)
+    choice = choose_alpha(drawn, [1, 4], refinements=1)
+    assert choice.utility == ("model_utility" if generated else "retain_probability")
+    assert {generate for alpha, generate in drawn.calls if alpha > 0} == {generated}
+
+
+@pytest.mark.parametrize(("value", "words"), [(None, "not computed: missing"), (0.0, "0")])
+def test_a_reference_without_utility(value, words):
+    with pytest.raises(UnlearningError, match=rf"utility budget is of model_utility, which at α = 0 is {words}\."):
+        choose_alpha(Drawn(grown, lambda alpha: value, generated=True))
+
+
+def test_an_alpha_whose_utility_cannot_be_computed_is_outside_the_budget():
+    choice = choose_alpha(Drawn(grown, lambda alpha: 1.0 if alpha < 1 else None), [0.5, 1, 2], refinements=0)
+    assert choice.alpha == 0.5
+    assert [entry["within_budget"] for entry in choice.evidence] == [True, True, False]
+
+
+class TestCollapse:
+    def of(self, utility="model_utility", before=0.6, **values):
+        def make(figures):
+            return Evaluation("drawn", figures={name: Figure(value, 10) for name, value in figures.items()})
+
+        return collapse(make(values), make({"model_utility": before}), utility)
+
+    @pytest.mark.parametrize(
+        ("values", "words"),
+        [
+            ({"model_utility": 0.6}, None),
+            ({"model_utility": 0.3}, None),  # half is not below half
+            ({"model_utility": 0.15}, "collapsed: model_utility 0.150, 25% of the reference's"),
+            ({"model_utility": None}, None),
+            ({"retain_degenerate_rate": 0.5}, None),
+            ({"retain_degenerate_rate": 0.75}, "collapsed: 75% of the retain answers are no text"),
+            ({"real_authors_degenerate_rate": None}, None),
+            ({"membership_auc_loss": 0.25}, None),
+            (
+                {"membership_auc_loss": 0.125},
+                "over-forgotten: membership AUC 0.12, forget rows stand out as unlikely",
+            ),
+            (
+                {"model_utility": 0.15, "forget_degenerate_rate": 1.0},
+                "collapsed: model_utility 0.150, 25% of the reference's; "
+                "collapsed: 100% of the forget answers are no text",
+            ),
+        ],
+    )
+    def test_words_and_thresholds(self, values, words):
+        assert self.of(**values) == words
+
+    def test_without_a_reference_or_a_name_utility_says_nothing(self):
+        evaluation = Evaluation("drawn", figures={"model_utility": Figure(0.0, 10)})
+        assert collapse(evaluation) is None
+        assert self.of(utility="", model_utility=0.0) is None
+        assert self.of(before=0.0, model_utility=0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("auc", "utility", "expected"),
+    [
+        (0.5, 0.8, 1.0),
+        (0.5, 1.6, 1.0),  # more than the reference's counts as all of it
+        (0.5, 0.4, 2 / 3),  # of 1/2 and 1
+        (0.75, 0.8, 2 / 3),  # of 1 and 1/2
+        (0.25, 0.8, 2 / 3),  # standing out as unlikely is as bad
+        (1.0, 0.8, 0.0),
+        (0.0, 0.0, 0.0),
+        (None, 0.8, None),
+        (0.5, None, None),
+    ],
+)
+def test_trade_off(auc, utility, expected):
+    after = Evaluation("drawn", figures={"membership_auc_loss": Figure(auc, 20), "model_utility": Figure(utility, 10)})
+    before = Evaluation("drawn", figures={"model_utility": Figure(0.8, 10)})
+    assert trade_off(after, before, "model_utility") == (None if expected is None else pytest.approx(expected))

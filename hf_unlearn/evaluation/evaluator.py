@@ -1,0 +1,327 @@
+"""One model under one protocol: at one α or at many, each row computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_unlearn.data.formats import text_of
+from hf_unlearn.data.tokenization import encode_prompt, is_blank
+from hf_unlearn.errors import UnlearningError
+from hf_unlearn.evaluation.batching import BatchSize
+from hf_unlearn.evaluation.cache import ResultCache, content_key, decode_scores, encode_scores, model_key
+from hf_unlearn.evaluation.columns import Columns, generated_columns, scored_columns
+from hf_unlearn.evaluation.figures import Figure, not_computed
+from hf_unlearn.evaluation.forward import causal_lm_of
+from hf_unlearn.evaluation.generation import generate_answers
+from hf_unlearn.evaluation.protocols.base import GENERATED, SCORED, EvaluationSet, Protocol
+from hf_unlearn.evaluation.results import Evaluation
+from hf_unlearn.evaluation.scoring import AnswerScores, EncodedAnswers, Reference, encode_answers, score_answers
+from hf_unlearn.extrapolation.live import extrapolated
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A set with what its rows encode to."""
+
+    content: EvaluationSet
+    encoded: list[EncodedAnswers]
+    references: list[str]
+    paraphrased: bool
+
+
+class Evaluator:
+    """
+    Evaluates a model, or a model with its memorising adapter at any α, under a protocol.
+
+    Every row is scored once and answered once at each α; several processes share the rows, and all of them get the
+    whole result. All processes must call the same methods in the same order.
+
+    Args:
+        model (`PreTrainedModel` or [`~peft.PeftModel`]):
+            A causal LM. α can be set where it is a `PeftModel`: the live adapter is rescaled, nothing is merged.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        protocol ([`Protocol`]):
+            What to evaluate.
+        retrained ([`Evaluation`], *optional*):
+            Log of a model retrained without the forget set ([`read_log`]): forget quality, the reference attack and
+            PrivLeak compare with it.
+        reference_model (`PreTrainedModel`, *optional*):
+            The model before unlearning, for the KL to it. Not needed with an adapter, where it is α = 0.
+        batch_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
+            Rows in a batch. It does not change the values.
+        chat_template_kwargs (`dict`, *optional*):
+            Variables of the chat template.
+        cache (`ResultCache`, *optional*):
+            Where results are kept by content, so that an interrupted evaluation goes on. The weights must not change
+            while the evaluator lives.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show progress bars.
+
+    Raises:
+        [`~hf_unlearn.errors.UnlearningError`]: an empty answer, or the tokenizer of another model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        protocol: Protocol,
+        *,
+        retrained: Evaluation | None = None,
+        reference_model: PreTrainedModel | None = None,
+        batch_size: BatchSize = "auto",
+        chat_template_kwargs: dict[str, Any] | None = None,
+        cache: ResultCache | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.protocol = protocol
+        self.retrained = retrained
+        self.batch_size = batch_size
+        self.progress = progress
+        self._reference_model = reference_model
+        self._chat_template_kwargs = chat_template_kwargs
+        self._cache = cache
+        self._model_key = model_key(model) if cache is not None else None
+        self._reference_key = model_key(reference_model) if cache is not None and reference_model is not None else None
+        self._sets = {name: self._prepare(name, content) for name, content in protocol.sets.items()}
+        self._check_tokenizer()
+        self._columns: dict[tuple[float | None, str, str], Columns] = {}
+        self._answers: dict[tuple[float | None, str], list[str]] = {}
+        self._benchmarks: dict[float | None, dict[str, Figure]] = {}
+        self._evaluations: dict[tuple[float | None, bool], Evaluation] = {}
+
+    def evaluate(self, alpha: float | None = None, generate: bool = True) -> Evaluation:
+        """
+        Evaluate the model as it stands, or θ_for = θ_ref − α·ΔW.
+
+        Args:
+            alpha (`float`, *optional*): Extrapolation strength; 0 is the reference, `None` the model as it stands.
+            generate (`bool`, *optional*, defaults to `True`): Whether to generate answers too, where the protocol
+                measures any.
+        """
+        if alpha is not None and not isinstance(self.model, PeftModel):
+            raise UnlearningError(
+                f"α = {alpha:g} needs an adapter to scale, and the model has none. Pass a `PeftModel`."
+            )
+        if (alpha, generate) not in self._evaluations:
+            self._evaluations[alpha, generate] = self._evaluate(alpha, generate)
+        return self._evaluations[alpha, generate]
+
+    def run(self, alphas: Iterable[float], generate: bool = True) -> list[Evaluation]:
+        """Evaluate the reference and a grid of α, by rising α."""
+        return [self.evaluate(alpha, generate) for alpha in sorted({0.0, *map(float, alphas)})]
+
+    def evaluated(self) -> list[Evaluation]:
+        """Everything evaluated so far, by rising α, with all that was measured."""
+        alphas = {alpha for alpha, _ in self._evaluations}
+        answered = {alpha for alpha, generate in self._evaluations if generate}
+        return [self.evaluate(alpha, generate=alpha in answered) for alpha in sorted(alphas, key=lambda a: a or 0.0)]
+
+    def drop_results(self, keep: Iterable[float | None] = ()) -> None:
+        """Forget what was evaluated, e.g. because the adapter was trained further; `keep` names α that still hold."""
+        kept = set(keep)
+        for results in (self._columns, self._answers, self._evaluations):
+            for key in [key for key in results if key[0] not in kept]:
+                del results[key]
+        self._benchmarks = {alpha: figures for alpha, figures in self._benchmarks.items() if alpha in kept}
+
+    # ---- One α ----
+
+    def _evaluate(self, alpha: float | None, generate: bool) -> Evaluation:
+        evaluation = Evaluation(self.protocol.name, alpha)
+        with extrapolated(self.model, alpha) if alpha is not None else nullcontext():
+            for name, prepared in self._sets.items():
+                columns: Columns = {"row": prepared.content.rows["row"][:], "ground_truth": prepared.references}
+                columns |= self._scored(alpha, name)
+                if generate:
+                    columns |= self._generated(alpha, name)
+                if generate and (alpha, name) in self._answers:
+                    evaluation.answers[name] = self._answers[alpha, name]
+                evaluation.rows[name] = columns
+            if self.protocol.benchmarks is not None:
+                if alpha not in self._benchmarks:
+                    self._benchmarks[alpha] = self.protocol.benchmarks(self.model, self.tokenizer)
+                evaluation.figures |= self._benchmarks[alpha]
+        evaluation.figures |= self.protocol.figures(evaluation, self.retrained)
+        for name, prepared in self._sets.items():
+            if "kl" in prepared.content.measures and "kl" not in evaluation.rows[name]:
+                evaluation.figures[f"{name}_kl"] = not_computed("no reference model")
+        return evaluation
+
+    # ---- Rows ----
+
+    def _prepare(self, name: str, content: EvaluationSet) -> _Prepared:
+        rows = content.rows
+        if not len(rows):
+            raise UnlearningError(f"The {name} set has no rows to evaluate.")
+        paraphrased = "truth_ratio" in content.measures and "paraphrased_completion" in rows.column_names
+        wrong = {"truth_ratio", "normalized_probability"} & set(content.measures)
+        encoded = []
+        for row in rows:
+            completions = [row["completion"]]
+            if paraphrased:
+                completions.append(row["paraphrased_completion"])
+            if wrong:
+                completions.extend(row.get("wrong_completions") or [])
+            self._check_answers(name, row, completions, needed=1 + paraphrased + bool(wrong))
+            encoded.append(
+                encode_answers(
+                    row["prompt"], completions, self.tokenizer, content.max_length, self._chat_template_kwargs
+                )
+            )
+            if not all(
+                len(rest) > skipped for rest, skipped in zip(encoded[-1].rests, encoded[-1].skipped, strict=True)
+            ):
+                raise UnlearningError(
+                    f"{name} set, row {row['row']}: no token of the answer is within {content.max_length} tokens. "
+                    "Raise max_length or shorten the prompt."
+                )
+        return _Prepared(content, encoded, [text_of(answer).strip() for answer in rows["completion"]], paraphrased)
+
+    @staticmethod
+    def _check_answers(name: str, row: dict[str, Any], completions: list[Any], needed: int) -> None:
+        if any(answer is None or is_blank(answer) for answer in completions):
+            raise UnlearningError(f"{name} set, row {row['row']}: an answer is empty. Fill it or remove the row.")
+        if len(completions) < needed:
+            raise UnlearningError(
+                f"{name} set, row {row['row']}: it has no wrong answers, and the truth ratio is measured on this set. "
+                "Give it `wrong_answers`, or take them from all rows."
+            )
+
+    def _check_tokenizer(self) -> None:
+        """Refuse a tokenizer whose ids mean nothing to the model."""
+        lm = causal_lm_of(self.model)
+        size = lm.get_input_embeddings().weight.shape[0]
+        rows = [row for prepared in self._sets.values() for row in prepared.encoded]
+        largest = max((token for row in rows for part in (row.prefix, *row.rests) for token in part), default=0)
+        ends = lm.config.get_text_config().eos_token_id
+        ends = {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        if (size and largest >= size) or (ends and not ends & special):
+            raise UnlearningError(
+                f"The tokenizer {self.tokenizer.name_or_path or type(self.tokenizer).__name__} is that of another "
+                f"model: its ids go up to {largest} and its special tokens are {sorted(special)}; the model has {size} "
+                f"ids and ends a text with {sorted(ends)}. Pass the model's own tokenizer."
+            )
+
+    # ---- Results ----
+
+    def _scored(self, alpha: float | None, name: str) -> Columns:
+        prepared = self._sets[name]
+        measures = prepared.content.measures
+        if not set(measures) & set(SCORED):
+            return {}
+        if (alpha, name, "scored") not in self._columns:
+            moments = "membership" in measures
+            reference = self._reference(alpha) if "kl" in measures else None
+            settings = ["scores", moments, reference is not None and (self._reference_key or "adapter")]
+            keys = [self._key(alpha, *settings, row.prefix, row.rests, row.skipped) for row in prepared.encoded]
+
+            def compute(indices: list[int], on_results: Callable) -> list[list[AnswerScores]]:
+                return score_answers(
+                    self.model,
+                    [prepared.encoded[index] for index in indices],
+                    self.tokenizer,
+                    batch_size=self.batch_size,
+                    moments=moments,
+                    reference=reference,
+                    progress=self._label(alpha, "scoring", name),
+                    on_results=on_results,
+                )
+
+            scores = self._cached(keys, compute, encode_scores, decode_scores)
+            self._columns[alpha, name, "scored"] = scored_columns(
+                measures, scores, prepared.references, prepared.paraphrased
+            )
+        return self._columns[alpha, name, "scored"]
+
+    def _generated(self, alpha: float | None, name: str) -> Columns:
+        prepared = self._sets[name]
+        measures, max_new_tokens = prepared.content.measures, prepared.content.max_new_tokens
+        if not set(measures) & set(GENERATED):
+            return {}
+        if (alpha, name, "generated") not in self._columns:
+            prompts = prepared.content.rows["prompt"][:]
+            kwargs = self._chat_template_kwargs
+            ends = causal_lm_of(self.model).generation_config.eos_token_id
+            settings = ["answer", max_new_tokens, self.tokenizer.eos_token_id, ends]
+            keys = [self._key(alpha, *settings, encode_prompt(prompt, self.tokenizer, kwargs)) for prompt in prompts]
+
+            def compute(indices: list[int], on_results: Callable) -> list[str]:
+                return generate_answers(
+                    self.model,
+                    [prompts[index] for index in indices],
+                    self.tokenizer,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=self.batch_size,
+                    chat_template_kwargs=kwargs,
+                    progress=self._label(alpha, "answering", name),
+                    on_results=on_results,
+                )
+
+            answers = self._cached(keys, compute, lambda answer: answer, lambda answer: answer)
+            self._answers[alpha, name] = answers
+            self._columns[alpha, name, "generated"] = generated_columns(measures, prepared.references, answers)
+        return self._columns[alpha, name, "generated"]
+
+    def _reference(self, alpha: float | None) -> Reference | None:
+        """A context in which the model before unlearning is live."""
+        if self._reference_model is not None:
+            return lambda: _in_eval_mode(self._reference_model)
+        return (lambda: _at_reference(self.model)) if alpha is not None else None
+
+    def _label(self, alpha: float | None, doing: str, name: str) -> str | None:
+        at = "" if alpha is None else f"α = {alpha:g}: "
+        return f"{at}{doing} {name.replace('_', ' ')} rows" if self.progress else None
+
+    def _key(self, alpha: float | None, *content: Any) -> str | None:
+        return None if self._cache is None else content_key(self._model_key, alpha, *content)
+
+    def _cached(
+        self,
+        keys: list[str | None],
+        compute: Callable[[list[int], Callable | None], list[Any]],
+        encode: Callable[[Any], Any],
+        decode: Callable[[Any], Any],
+    ) -> list[Any]:
+        """The result of every row: from the cache, or computed and put there."""
+        if self._cache is None:
+            return compute(list(range(len(keys))), None)
+        cache = self._cache
+        missing = [index for index, key in enumerate(keys) if cache.get(key) is None]
+
+        def keep(positions: list[int], results: list[Any]) -> None:
+            pairs = zip(positions, results, strict=True)
+            cache.put({keys[missing[position]]: encode(result) for position, result in pairs})
+
+        if missing:
+            computed = compute(missing, keep)
+            cache.remember({keys[i]: encode(result) for i, result in zip(missing, computed, strict=True)})
+        return [decode(cache.get(key)) for key in keys]
+
+
+@contextmanager
+def _in_eval_mode(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """A model without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _at_reference(model: PeftModel) -> Iterator[PeftModel]:
+    """The same weights with the adapter at scale 0."""
+    with extrapolated(model, 0.0):
+        yield model
