@@ -11,19 +11,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from transformers import PreTrainedModel
 
 from hf_unlearn.evaluation.batching import process_state
+from hf_unlearn.evaluation.forward import causal_lm_of
 from hf_unlearn.evaluation.scoring import AnswerScores
 
 
 VERSION = 1  # of what is stored; raise it when scoring or generation gives other values
 
+WHERE_FROM = ("_name_or_path", "transformers_version")  # settings that change no value
 
-def model_key(model: nn.Module) -> str:
-    """SHA-256 over every weight of a model, its name and dtype, and the scale and switch of every adapter."""
+
+def model_key(model: PreTrainedModel | PeftModel) -> str:
+    """
+    SHA-256 over the configuration of a model, every weight with its name and dtype, and the scale and switch of every
+    adapter.
+    """
     digest = hashlib.sha256()
+    config = causal_lm_of(model).config.to_dict()
+    settings = {name: value for name, value in config.items() if name not in WHERE_FROM}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, torch.Tensor):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -45,7 +45,7 @@ from hf_unlearn.evaluation.results import Evaluation
 from hf_unlearn.evaluation.selection import Choice
 
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent / "report_page"
 MEANINGS = {
     "forget_quality": "p-value of a test of the truth ratios against the retrained model's; above 0.05 no difference shows",
     "model_utility": "harmonic mean over the sets that are to be kept",
@@ -139,7 +139,7 @@ def write_report(
     several = len(evaluations) > 1 or retrained is not None
     trade_off = trade_off_panel(evaluations, choice, retrained) if several else None
     curves = curve_panels(evaluations, choice, retrained)
-    script = (FOLDER / "report.js").read_text(encoding="utf-8")
+    script = (FOLDER / "page.js").read_text(encoding="utf-8")
     page = _template().render(
         title=title,
         choice=choice,
@@ -156,7 +156,7 @@ def write_report(
         training=_svgs(training_panels(log_history or []), "training"),
         facts=facts or {},
         notes=notes,
-        style=(FOLDER / "report.css").read_text(encoding="utf-8"),
+        style=(FOLDER / "page.css").read_text(encoding="utf-8"),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
@@ -383,7 +383,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": _number, "interval": _interval, "alpha": alpha_label, "embedded": _embedded}
-    return environment.get_template("report.html.jinja")
+    return environment.get_template("page.html.jinja")
 
 
 def _write_atomically(path: Path, text: str) -> Path:

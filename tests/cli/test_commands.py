@@ -386,7 +386,7 @@ class TestEval:
         )
         assert one["answers"] == two["answers"]
         for name, figure in one["figures"].items():
-            assert two["figures"][name]["value"] == pytest.approx(figure["value"], abs=1e-5), name
+            assert two["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-5, abs=1e-5), name
         assert len(list((tmp_path / "two.cache").glob("*.jsonl"))) == 2
 
     @pytest.mark.skipif(not LOGS.exists(), reason="needs the published evaluation logs")

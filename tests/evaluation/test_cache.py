@@ -24,6 +24,7 @@ def tiny_adapter():
 class TestModelKey:
     def test_the_same_weights_have_the_same_key(self):
         assert model_key(tiny_llama()) == model_key(tiny_llama())
+        assert model_key(tiny_llama(rms_norm_eps=1e-5)) != model_key(tiny_llama())  # a setting, no weight
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_single_weight_changes_it(self, dtype):

@@ -24,7 +24,9 @@ from hf_unlearn.evaluation.selection import trade_off
 
 
 def protocol(*names: str):
-    sets = {name: Dataset.from_list(tiny_rows(6, seed)) for seed, name in enumerate(("forget", "retain", "holdout"), 1)}
+    sets = {
+        name: Dataset.from_list(tiny_rows(6, seed)) for seed, name in enumerate(("forget", "retain", "holdout"), 1)
+    }
     return custom_protocol({name: sets[name] for name in names}, chat=False, max_new_tokens=4)
 
 
