@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, required=True, help="Folder of the TOFU sets as JSON files.")
     parser.add_argument("--split", default="forget01", help="Forget set.")
     parser.add_argument("--limit", type=int, help="Rows per set. All if not given.")
+    parser.add_argument("--output", type=Path, help="File to write seconds and values to.")
+    parser.add_argument("--earlier", type=Path, help="File written by an earlier run, to compare that one instead.")
     parser.add_argument("--naive", type=Path, help="Output of evaluation_naive.py on the same rows.")
     parser.add_argument("--peer", type=Path, help="Output of evaluation_peer.py on the same rows.")
     parser.add_argument("--num_alphas", type=int, default=0, help="α of a sweep to time.")
@@ -54,9 +56,15 @@ def main() -> None:
 
     start = time.perf_counter(), time.process_time()
     evaluator = Evaluator(model, tokenizer, protocol)
-    evaluation = evaluator.evaluate()
-    seconds, cpu_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
-    report_speed(evaluator, evaluation, tokenizer, seconds, cpu_seconds)
+    if args.earlier is not None:
+        earlier = json.loads(args.earlier.read_text())
+        evaluation, seconds = Evaluation.from_dict(earlier["evaluation"]), earlier["seconds"]
+    else:
+        evaluation = evaluator.evaluate()
+        seconds, cpu_seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+        report_speed(evaluator, evaluation, tokenizer, seconds, cpu_seconds)
+    if args.output is not None:
+        args.output.write_text(json.dumps({"seconds": seconds, "evaluation": evaluation.to_dict()}))
 
     if args.naive is not None:
         naive = json.loads(args.naive.read_text())

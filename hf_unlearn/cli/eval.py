@@ -20,12 +20,13 @@ from hf_unlearn.cli.evaluation import (
     OUTPUTS,
     SECURITY_NOTE,
     ProtocolArguments,
+    collapses,
     figures_table,
     load_tokenizer,
     save_evaluations,
 )
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.evaluation import DEFAULT_GRID, Evaluation, Evaluator, Protocol, collapse, read_log
+from hf_unlearn.evaluation import DEFAULT_GRID, Evaluation, Evaluator, Protocol, read_log
 from hf_unlearn.evaluation.batching import process_state
 from hf_unlearn.evaluation.logs import find_log
 from hf_unlearn.evaluation.protocols import FIGURES
@@ -111,7 +112,7 @@ def run(argv: list[str]) -> int:
         protocol, retrained = evaluator.protocol, evaluator.retrained
         alphas = parse_alphas(arguments.alphas)
         evaluations = evaluator.run(alphas) if arguments.adapter is not None else [evaluator.evaluate()]
-    failures = _collapses(evaluations, protocol)
+    failures = collapses(evaluations, protocol)
     if process_state().is_main_process:
         _report(evaluations, failures)
         if not arguments.dry_run:
@@ -184,14 +185,3 @@ def _plan(arguments: EvalArguments) -> str:
     counts = ", ".join(f"{len(content.rows)} {name}" for name, content in protocol.sets.items())
     files = ", ".join(f"{arguments.output_dir}/{name}" for name in OUTPUTS)
     return f"Would evaluate {what} under {protocol.name} on {counts + ' rows' if counts else 'its tasks'}.\nwrites: {files}"
-
-
-def _collapses(evaluations: list[Evaluation], protocol: Protocol) -> list[str]:
-    """Models that have collapsed, in words."""
-    reference = next((evaluation for evaluation in evaluations if evaluation.alpha == 0), None)
-    found = []
-    for evaluation in evaluations:
-        remark = collapse(evaluation, reference, protocol.utility)
-        if remark is not None:
-            found.append((f"α = {evaluation.alpha:g} " if evaluation.alpha is not None else "") + f"failed: {remark}.")
-    return found

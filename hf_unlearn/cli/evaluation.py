@@ -21,6 +21,7 @@ from hf_unlearn.evaluation import (
     Protocol,
     ResultCache,
     RowText,
+    collapse,
     read_log,
     write_open_unlearning,
     write_report,
@@ -286,3 +287,14 @@ def figures_table(evaluations: list[Evaluation], choice: Choice | None = None) -
         alpha = "–" if evaluation.alpha is None else f"{evaluation.alpha:.3g}"
         table.add_row(("* " if chosen else "") + alpha, *cells, style="bold" if chosen else None)
     return table
+
+
+def collapses(evaluations: list[Evaluation], protocol: Protocol) -> list[str]:
+    """Models that have collapsed, in words."""
+    reference = next((evaluation for evaluation in evaluations if evaluation.alpha == 0), None)
+    found = []
+    for evaluation in evaluations:
+        remark = collapse(evaluation, reference, protocol.utility)
+        if remark is not None:
+            found.append((f"α = {evaluation.alpha:g} " if evaluation.alpha is not None else "") + f"failed: {remark}.")
+    return found

@@ -21,6 +21,7 @@ from hf_unlearn.cli.evaluation import (
     OUTPUTS,
     SECURITY_NOTE,
     ProtocolArguments,
+    collapses,
     figures_table,
     load_tokenizer,
     save_evaluations,
@@ -137,10 +138,13 @@ def run(argv: list[str]) -> int:
     evaluations = evaluator.evaluated()
     if process_state().is_main_process:
         facts = {"Base model": base, "Adapter": adapter.id} | package_versions()
-        notes = [SECURITY_NOTE]
+        failures = collapses(evaluations, evaluator.protocol)
+        notes = [*failures, SECURITY_NOTE]
         with atomic_folder(output_dir, arguments.overwrite) as folder:
             save_evaluations(folder, evaluator.protocol, evaluations, choice, evaluator.retrained, facts, notes=notes)
         console.print(figures_table(evaluations, choice))
+        for failure in failures:
+            console.print(failure)
         console.print(
             f"{choice.verdict}\nRule: {choice.rule}.\nWritten to {output_dir}; open {output_dir}/report.html."
         )

@@ -37,10 +37,14 @@ def hidden_states(
         mask (`torch.Tensor` of shape `(B, C + T)`): 1 for tokens, 0 for padding, over cache and ids.
         cache (`DynamicCache`, *optional*): Keys and values of the `C` positions before; extended in place.
     """
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if "position_ids" in inspect.signature(model.base_model.forward).parameters:
+    parameters = inspect.signature(model.base_model.forward).parameters
+    cache_name = (
+        "cache" if "cache" in parameters else "past_key_values"
+    )  # the older name, in models outside the library
+    inputs = {"input_ids": ids, "attention_mask": mask, cache_name: cache, "use_cache": cache is not None}
+    if "position_ids" in parameters:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return model.base_model(**inputs, past_key_values=cache, use_cache=cache is not None).last_hidden_state
+    return model.base_model(**inputs).last_hidden_state
 
 
 def pad(sequences: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -192,8 +192,13 @@ class _Steps:
     def within_budget(self, alpha: float) -> bool:
         return self.share(alpha) >= self.min_utility
 
-    def candidates(self) -> list[float]:
-        return [alpha for alpha in self.tried if self.within_budget(alpha)]
+    def candidates(self, target: str = "") -> list[float]:
+        """The α within the budget at which the target could be computed."""
+        return [
+            alpha
+            for alpha in self.tried
+            if self.within_budget(alpha) and (not target or self.at(alpha).value(target) is not None)
+        ]
 
     def choice(self, rule: str, target: str, alpha: float, met: bool, verdict: str, **details: Any) -> Choice:
         evidence = [
@@ -232,7 +237,7 @@ def _match_retrain(steps: _Steps, auc_tolerance: float) -> Finish:
         return bool(np.median(steps.at(alpha).rows["forget"]["truth_ratio"]) < goal)
 
     def finish() -> Choice:
-        quality = {alpha: steps.at(alpha).value("forget_quality") for alpha in steps.candidates()}
+        quality = {alpha: steps.at(alpha).value("forget_quality") for alpha in steps.candidates("forget_quality")}
         alpha = max(quality, key=quality.get)
         met = alpha > 0 and quality[alpha] > ALPHA_LEVEL
         verdict = f"α = {alpha:g}: forget quality {quality[0.0]:.3g} → {quality[alpha]:.3g}, {steps.kept(alpha)}. "
@@ -257,7 +262,7 @@ def _match_holdout(steps: _Steps, auc_tolerance: float) -> Finish:
         )
 
     def goes_on(alpha: float) -> bool:
-        return steps.at(alpha).value(target) > 0.5
+        return (steps.at(alpha).value(target) or 0.0) > 0.5
 
     def distance(alpha: float) -> tuple[float, float]:
         """From the hold-out rows: by AUC, and where that is equal by the mean loss."""
@@ -267,7 +272,7 @@ def _match_holdout(steps: _Steps, auc_tolerance: float) -> Finish:
         )
 
     def finish() -> Choice:
-        alpha = min(steps.candidates(), key=distance)
+        alpha = min(steps.candidates(target), key=distance)
         auc, before = steps.at(alpha).value(target), steps.reference.value(target)
         met = alpha > 0 and abs(auc - 0.5) <= auc_tolerance
         verdict = (
