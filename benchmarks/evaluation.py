@@ -7,8 +7,8 @@ Time the one-pass evaluator on a full TOFU protocol, and compare it with other w
         --output peer.json                                                                       # another evaluator
     python benchmarks/evaluation.py --model MODEL --data_dir TOFU --naive naive.json --peer peer.json
 
-Prints seconds, the tokens that had to be computed, and how near that is to the floor: 2 FLOP per parameter and token at
-the speed of a large matrix product on the same threads. Against the other files it prints the share of their time and
+Prints seconds, the tokens that had to be computed, and how near that is to the floor: 2 FLOP per parameter and token (the
+LM head at answer tokens only) at the speed of a large matrix product on the same threads. Against the other files it prints the share of their time and
 the largest differences of per-row values. `--num_alphas 8` also times a sweep of a LoRA adapter over that many α.
 """
 
@@ -83,14 +83,26 @@ def main() -> None:
 def report_speed(evaluator: Evaluator, evaluation: Evaluation, tokenizer, seconds: float, cpu_seconds: float) -> None:
     """Seconds against the floor."""
     scored = sum(row.num_tokens for prepared in evaluator._sets.values() for row in prepared.encoded)
-    generated = sum(
-        len(encode_prompt(prompt, tokenizer)) + len(tokenizer(answer)["input_ids"]) + 1
-        for name, answers in evaluation.answers.items()
-        for prompt, answer in zip(evaluator.protocol.sets[name].rows["prompt"], answers, strict=True)
+    generated_only = sum(
+        len(tokenizer(answer)["input_ids"]) + 1 for answers in evaluation.answers.values() for answer in answers
     )
-    parameters = sum(parameter.numel() for parameter in evaluator.model.parameters())
+    generated = generated_only + sum(
+        len(encode_prompt(prompt, tokenizer))
+        for name in evaluation.answers
+        for prompt in evaluator.protocol.sets[name].rows["prompt"]
+    )
+    head = evaluator.model.get_output_embeddings().weight.numel()
+    body = sum(
+        p.numel() for n, p in evaluator.model.named_parameters() if "embed_tokens" not in n and "lm_head" not in n
+    )
+    projected = generated_only + sum(
+        len(rest) - skipped
+        for prepared in evaluator._sets.values()
+        for row in prepared.encoded
+        for rest, skipped in zip(row.rests, row.skipped, strict=True)
+    )
     peak = matmul_speed()
-    floor = 2 * parameters * (scored + generated) / peak
+    floor = 2 * (body * (scored + generated) + head * projected) / peak
     print(
         f"{seconds:.0f} s wall, {cpu_seconds:.0f} s of CPU: {scored} tokens scored, {generated} read and generated, "
         f"{(scored + generated) / seconds:.0f} tokens/s\n"

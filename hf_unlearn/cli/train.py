@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_quantization_config
 
 from hf_unlearn.cli import EXIT_INTERRUPTED, EXIT_OK
-from hf_unlearn.cli.common import CommandParser, EvaluationDataArguments, console, stderr
+from hf_unlearn.cli.common import CommandParser, EvaluationDataArguments, console, load_tokenizer, refuse_idle, stderr
 from hf_unlearn.data import DataReport, check_sets, encode_set, raise_for_untrainable
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation import custom_protocol
@@ -148,10 +148,11 @@ def run(argv: list[str]) -> int:
     )
     arguments, config, model = parser.parse(argv)
     _check_arguments(arguments, config, model)
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
     if arguments.dry_run:
-        return _dry_run(arguments, config, model)
+        return _dry_run(arguments, config, model, tokenizer)
     if arguments.accelerate_config and LAUNCHED not in os.environ:
-        _check_data(arguments, config, _load_tokenizer(model))  # bad rows are named once, not by every process
+        _check_data(arguments, config, tokenizer)  # bad rows are named once, not by every process
         return _launch(arguments.accelerate_config, argv)
 
     interrupt = _Interrupt()
@@ -160,7 +161,7 @@ def run(argv: list[str]) -> int:
         args=_with_model_options(config, model),
         forget_dataset=arguments.load_required("forget"),
         retain_dataset=arguments.load("retain"),
-        processing_class=_load_tokenizer(model),
+        processing_class=tokenizer,
         peft_config=model.lora_config(),
         callbacks=[interrupt],
         quantization_config=get_quantization_config(model),
@@ -190,6 +191,9 @@ def _check_arguments(arguments: TrainArguments, config: ExtrapolationConfig, mod
         raise UnlearningError("--model_name_or_path is required: a Hub id or a local folder.")
     if config.output_dir is None:
         raise UnlearningError("--output_dir is required: where the adapter and its checkpoints go.")
+    if config.eval_strategy == "no":
+        options = ("holdout_dataset", "holdout_config", "holdout_split", "eval_alpha")
+        refuse_idle(arguments, options, "without --eval_strategy")
     folder = Path(config.output_dir)
     checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
     if arguments.resume and checkpoint is None:
@@ -212,15 +216,6 @@ def _with_model_options(config: ExtrapolationConfig, model: LoraModelConfig) -> 
         **(config.model_init_kwargs or {}),
     }
     return config
-
-
-def _load_tokenizer(model: LoraModelConfig) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(model.model_name_or_path, revision=model.model_revision)
-    except (OSError, ValueError) as error:
-        raise UnlearningError(
-            f"--model_name_or_path {model.model_name_or_path}: no tokenizer found ({error})"
-        ) from error
 
 
 def _evaluation_callback(arguments: TrainArguments, trainer: ExtrapolationTrainer) -> EvaluationCallback:
@@ -282,8 +277,12 @@ class _Interrupt(TrainerCallback):
 # ---- Dry run ----
 
 
-def _dry_run(arguments: TrainArguments, config: ExtrapolationConfig, model: LoraModelConfig) -> int:
-    tokenizer = _load_tokenizer(model)
+def _dry_run(
+    arguments: TrainArguments,
+    config: ExtrapolationConfig,
+    model: LoraModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> int:
     report = _check_data(arguments, config, tokenizer)
     console.print(report.render())
     for warning in report.warnings():

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.evaluation.figures import Figure, mean_figure, not_computed
+from hf_unlearn.evaluation.figures import NOT_FINITE, Figure, mean_figure, not_computed
 from hf_unlearn.evaluation.metrics import (
     closer_to_1,
     forget_quality,
@@ -57,11 +57,15 @@ def question_figures(evaluation: Evaluation, retrained: Evaluation | None) -> di
             as far as there are any. Rows on which a column is `None` are left out of its figures.
         retrained (`Evaluation`, *optional*): The same of a model retrained without the forget set. Its forget and
             hold-out rows must be the same rows.
+
+    Raises:
+        [`~hf_unlearn.errors.UnlearningError`]: the retrained model's log is of other rows, or of the same model.
     """
     if retrained is not None:
         for name in ("forget", "holdout"):
             if name in evaluation.rows and name in retrained.rows:
-                _check_same_rows(name, evaluation.rows[name], retrained.rows[name])
+                check_same_rows(name, evaluation.rows[name], retrained.rows[name])
+        _check_other_model(evaluation, retrained)
     per_set: dict[str, Figure] = {}
     for name, columns in evaluation.rows.items():
         per_set |= {f"{name}_{metric}": figure for metric, figure in _set_figures(name, columns).items()}
@@ -91,7 +95,7 @@ def _figure(compute: Callable[..., Figure], *columns: list[float | None]) -> Fig
     values = np.asarray(rows, dtype=np.float64)
     broken = int((~np.isfinite(values)).any(axis=1).sum())
     if broken:
-        return not_computed(f"{broken} of {len(rows)} rows are not finite numbers")
+        return not_computed(f"{broken} of {len(rows)} {NOT_FINITE}")
     return compute(*values.T)
 
 
@@ -189,7 +193,14 @@ def _forget_quality(evaluation: Evaluation, retrained: Evaluation | None) -> Fig
     return _two_samples(lambda left, right: Figure(forget_quality(left, right), len(left)), ratios, others)
 
 
-def _check_same_rows(name: str, columns: dict[str, list[Any]], retrained: dict[str, list[Any]]) -> None:
+def check_same_rows(name: str, columns: dict[str, list[Any]], retrained: dict[str, list[Any]]) -> None:
+    """
+    Refuse a retrained model's log of other rows, told by their ids and, where both have it, the text of the answers.
+
+    Args:
+        name (`str`): Name of the set.
+        columns, retrained (`dict[str, list]`): Columns `row` and, optionally, `ground_truth` of both.
+    """
     rows, others = columns["row"], retrained["row"]
     remedy = "Give the log of the same split, evaluated on all of its rows."
     if sorted(rows) != sorted(others):
@@ -207,6 +218,15 @@ def _check_same_rows(name: str, columns: dict[str, list[Any]], retrained: dict[s
                 f"{name} set, row {rows[index]}: the answer is {texts[0]!r} here and {texts[1]!r} in the retrained "
                 f"log. The log is of another set of {len(others)} rows. {remedy}"
             )
+
+
+def _check_other_model(evaluation: Evaluation, retrained: Evaluation) -> None:
+    losses = [one.rows.get("forget", {}).get("loss") for one in (evaluation, retrained)]
+    if losses[0] and losses[0] == losses[1]:
+        raise UnlearningError(
+            "The losses of all forget rows are those of the retrained model's log: the same model or file on both "
+            "sides, which would read as perfect forgetting. Give the log of the model retrained without the forget set."
+        )
 
 
 def _order(columns: dict[str, list[Any]]) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel
@@ -53,12 +54,13 @@ class ResultCache:
 
     Args:
         folder (`str` or `Path`):
-            Where the files are. Made if missing. A line cut short by an interruption is left out.
+            Where the files are. Made if missing. A line cut short by an interruption is left out. Of several
+            processes, all must make one together; they share what each of them finds.
     """
 
     def __init__(self, folder: str | Path) -> None:
         state = process_state()
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._results: dict[str, Any] = {}
         for file in sorted(self.folder.glob("*.jsonl")):
@@ -67,7 +69,8 @@ class ResultCache:
                     self._results |= json.loads(line)
                 except ValueError:
                     continue
-        state.wait_for_everyone()  # all processes must have read the same before one of them adds to it
+        if state.num_processes > 1:  # all must hold the same, whatever each of them found, and before one adds to it
+            self._results = dict(gather_object(list(self._results.items())))
         self._file = self.folder / f"process{state.process_index}.jsonl"
 
     def get(self, key: str) -> Any:

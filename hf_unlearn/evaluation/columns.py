@@ -32,7 +32,7 @@ def scored_columns(
         "probability": [metrics.probability(first.log_probs) for first in firsts],
     }
     if "memorization" in measures:
-        is_top1 = [first.without_eos(first.is_top1) for first in firsts]
+        is_top1 = [first.without_end(first.is_top1) for first in firsts]
         columns["exact_memorization"] = [metrics.exact_memorization(row) for row in is_top1]
         columns["extraction_strength"] = [metrics.extraction_strength(row) for row in is_top1]
     if "membership" in measures:
@@ -70,7 +70,7 @@ def generated_columns(measures: Sequence[str], references: Sequence[str], answer
 def _membership_columns(firsts: Sequence[AnswerScores], losses: Sequence[float], answers: Sequence[str]) -> Columns:
     columns: Columns = {"zlib_score": [], "min_k_score": [], "min_k_plus_plus_score": []}
     for first, loss, answer in zip(firsts, losses, answers, strict=True):
-        log_probs, mean, std = (first.without_eos(array) for array in (first.log_probs, first.mean, first.std))
+        log_probs, mean, std = (first.without_end(array) for array in (first.log_probs, first.mean, first.std))
         columns["zlib_score"].append(metrics.zlib_score(loss, answer))
         columns["min_k_score"].append(metrics.min_k(log_probs))
         columns["min_k_plus_plus_score"].append(metrics.min_k_plus_plus(log_probs, mean, std))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_unlearn.data.formats import text_of
-from hf_unlearn.data.tokenization import encode_prompt, is_blank
+from hf_unlearn.data.tokenization import encode_prompt
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.batching import BatchSize
 from hf_unlearn.evaluation.cache import ResultCache, content_key, decode_scores, encode_scores, model_key
@@ -19,20 +17,11 @@ from hf_unlearn.evaluation.columns import Columns, generated_columns, scored_col
 from hf_unlearn.evaluation.figures import Figure, not_computed
 from hf_unlearn.evaluation.forward import causal_lm_of
 from hf_unlearn.evaluation.generation import generate_answers
-from hf_unlearn.evaluation.protocols.base import GENERATED, SCORED, EvaluationSet, Protocol
+from hf_unlearn.evaluation.preparation import check_tokenizer, prepare_sets
+from hf_unlearn.evaluation.protocols.base import GENERATED, SCORED, Protocol
 from hf_unlearn.evaluation.results import Evaluation
-from hf_unlearn.evaluation.scoring import AnswerScores, EncodedAnswers, Reference, encode_answers, score_answers
+from hf_unlearn.evaluation.scoring import AnswerScores, Reference, score_answers
 from hf_unlearn.extrapolation.live import extrapolated
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A set with what its rows encode to."""
-
-    content: EvaluationSet
-    encoded: list[EncodedAnswers]
-    references: list[str]
-    paraphrased: bool
 
 
 class Evaluator:
@@ -65,7 +54,8 @@ class Evaluator:
             Whether to show progress bars.
 
     Raises:
-        [`~hf_unlearn.errors.UnlearningError`]: an empty answer, or the tokenizer of another model.
+        [`~hf_unlearn.errors.UnlearningError`]: rows that cannot be evaluated ([`prepare_sets`]), a retrained model's log
+            of other rows, or the tokenizer of another model.
     """
 
     def __init__(
@@ -90,10 +80,10 @@ class Evaluator:
         self._reference_model = reference_model
         self._chat_template_kwargs = chat_template_kwargs
         self._cache = cache
+        self._sets = prepare_sets(protocol, tokenizer, chat_template_kwargs, retrained)
+        check_tokenizer(causal_lm_of(model), tokenizer, self._sets)
         self._model_key = model_key(model) if cache is not None else None
         self._reference_key = model_key(reference_model) if cache is not None and reference_model is not None else None
-        self._sets = {name: self._prepare(name, content) for name, content in protocol.sets.items()}
-        self._check_tokenizer()
         self._columns: dict[tuple[float | None, str, str], Columns] = {}
         self._answers: dict[tuple[float | None, str], list[str]] = {}
         self._benchmarks: dict[float | None, dict[str, Figure]] = {}
@@ -153,71 +143,17 @@ class Evaluator:
                 evaluation.figures |= self._benchmarks[alpha]
         evaluation.figures |= self.protocol.figures(evaluation, self.retrained)
         for name, prepared in self._sets.items():
-            if "kl" in prepared.content.measures and "kl" not in evaluation.rows[name]:
+            if "kl" in prepared.measures and "kl" not in evaluation.rows[name]:
                 evaluation.figures[f"{name}_kl"] = not_computed("no reference model")
+            if "rouge" in prepared.content.measures and "rouge" not in prepared.measures:
+                evaluation.figures[f"{name}_rouge_l_recall"] = not_computed("rows without a prompt are not answered")
         return evaluation
-
-    # ---- Rows ----
-
-    def _prepare(self, name: str, content: EvaluationSet) -> _Prepared:
-        rows = content.rows
-        if not len(rows):
-            raise UnlearningError(f"The {name} set has no rows to evaluate.")
-        paraphrased = "truth_ratio" in content.measures and "paraphrased_completion" in rows.column_names
-        wrong = {"truth_ratio", "normalized_probability"} & set(content.measures)
-        encoded = []
-        for row in rows:
-            completions = [row["completion"]]
-            if paraphrased:
-                completions.append(row["paraphrased_completion"])
-            if wrong:
-                completions.extend(row.get("wrong_completions") or [])
-            self._check_answers(name, row, completions, needed=1 + paraphrased + bool(wrong))
-            encoded.append(
-                encode_answers(
-                    row["prompt"], completions, self.tokenizer, content.max_length, self._chat_template_kwargs
-                )
-            )
-            if not all(
-                len(rest) > skipped for rest, skipped in zip(encoded[-1].rests, encoded[-1].skipped, strict=True)
-            ):
-                raise UnlearningError(
-                    f"{name} set, row {row['row']}: no token of the answer is within {content.max_length} tokens. "
-                    "Raise max_length or shorten the prompt."
-                )
-        return _Prepared(content, encoded, [text_of(answer).strip() for answer in rows["completion"]], paraphrased)
-
-    @staticmethod
-    def _check_answers(name: str, row: dict[str, Any], completions: list[Any], needed: int) -> None:
-        if any(answer is None or is_blank(answer) for answer in completions):
-            raise UnlearningError(f"{name} set, row {row['row']}: an answer is empty. Fill it or remove the row.")
-        if len(completions) < needed:
-            raise UnlearningError(
-                f"{name} set, row {row['row']}: it has no wrong answers, and the truth ratio is measured on this set. "
-                "Give it `wrong_answers`, or take them from all rows."
-            )
-
-    def _check_tokenizer(self) -> None:
-        """Refuse a tokenizer whose ids mean nothing to the model."""
-        lm = causal_lm_of(self.model)
-        size = lm.get_input_embeddings().weight.shape[0]
-        rows = [row for prepared in self._sets.values() for row in prepared.encoded]
-        largest = max((token for row in rows for part in (row.prefix, *row.rests) for token in part), default=0)
-        ends = lm.config.get_text_config().eos_token_id
-        ends = {end for end in (ends if isinstance(ends, list) else [ends]) if end is not None}
-        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        if (size and largest >= size) or (ends and not ends & special):
-            raise UnlearningError(
-                f"The tokenizer {self.tokenizer.name_or_path or type(self.tokenizer).__name__} is that of another "
-                f"model: its ids go up to {largest} and its special tokens are {sorted(special)}; the model has {size} "
-                f"ids and ends a text with {sorted(ends)}. Pass the model's own tokenizer."
-            )
 
     # ---- Results ----
 
     def _scored(self, alpha: float | None, name: str) -> Columns:
         prepared = self._sets[name]
-        measures = prepared.content.measures
+        measures = prepared.measures
         if not set(measures) & set(SCORED):
             return {}
         if (alpha, name, "scored") not in self._columns:
@@ -240,13 +176,13 @@ class Evaluator:
 
             scores = self._cached(keys, compute, encode_scores, decode_scores)
             self._columns[alpha, name, "scored"] = scored_columns(
-                measures, scores, prepared.references, prepared.paraphrased
+                measures, scores, prepared.scored_texts, prepared.paraphrased
             )
         return self._columns[alpha, name, "scored"]
 
     def _generated(self, alpha: float | None, name: str) -> Columns:
         prepared = self._sets[name]
-        measures, max_new_tokens = prepared.content.measures, prepared.content.max_new_tokens
+        measures, max_new_tokens = prepared.measures, prepared.content.max_new_tokens
         if not set(measures) & set(GENERATED):
             return {}
         if (alpha, name, "generated") not in self._columns:

@@ -10,6 +10,7 @@ from scipy import stats
 
 
 RESAMPLES = 2000
+NOT_FINITE = "rows are not finite numbers"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from peft import PeftModel
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+
+MIN_SHARED = 8  # tokens; for fewer, a forward pass of their own does not pay
 
 
 def causal_lm_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
@@ -18,6 +21,13 @@ def causal_lm_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def device_of(model: PreTrainedModel) -> torch.device:
     """Where the inputs of a model must be."""
     return model.get_input_embeddings().weight.device
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the tokenizer's EOS and those of the model's generation config."""
+    of_model = model.generation_config.eos_token_id
+    of_model = of_model if isinstance(of_model, list) else [of_model]
+    return sorted({token for token in [tokenizer.eos_token_id, *of_model] if token is not None})
 
 
 def keeps_state(model: PreTrainedModel) -> bool:
@@ -45,6 +55,42 @@ def hidden_states(
     if "position_ids" in parameters:
         inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     return model.base_model(**inputs).last_hidden_state
+
+
+def prefill(
+    model: PreTrainedModel, prompts: Sequence[list[int]], cache: DynamicCache
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Compute prompts into a cache; what all of them begin with, such as a system turn, is computed once.
+
+    Args:
+        model (`PreTrainedModel`): A causal LM without a state.
+        prompts (sequence of `list[int]`): `B` prompts, each of at least one token.
+        cache (`DynamicCache`): An empty cache, filled in place with the keys and values of `C` positions.
+
+    Returns:
+        `tuple` of `torch.Tensor`: the last hidden states, shape `(B, 1, H)`, and the mask over the cache, shape `(B, C)`.
+    """
+    device = device_of(model)
+    shared = _num_shared(prompts)
+    if shared < MIN_SHARED or any(cache.is_sliding):  # the padding after them would push them out of the window
+        shared = 0
+    else:
+        ids, mask = pad([prompts[0][:shared]], "left", device)
+        hidden_states(model, ids, mask, cache)
+        cache.batch_select_indices(torch.zeros(len(prompts), dtype=torch.long, device=device))
+    ids, mask = pad([prompt[shared:] for prompt in prompts], "left", device)
+    mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
+    return hidden_states(model, ids, mask, cache)[:, -1:], mask
+
+
+def _num_shared(prompts: Sequence[list[int]]) -> int:
+    """How many tokens several prompts begin with alike, leaving at least one of each."""
+    if len(prompts) == 1:
+        return 0
+    shortest = min(map(len, prompts))
+    columns = enumerate(zip(*prompts, strict=False))
+    return min(shortest - 1, next((index for index, tokens in columns if len(set(tokens)) > 1), shortest))
 
 
 def pad(sequences: Sequence[Sequence[int]], side: str, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,15 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 from hf_unlearn.data.formats import Messages
 from hf_unlearn.data.tokenization import encode_prompt
 from hf_unlearn.evaluation.batching import BatchSize, run_in_batches
-from hf_unlearn.evaluation.forward import causal_lm_of, device_of, hidden_states, keeps_state, pad
+from hf_unlearn.evaluation.forward import (
+    causal_lm_of,
+    device_of,
+    end_token_ids,
+    hidden_states,
+    keeps_state,
+    pad,
+    prefill,
+)
 from hf_unlearn.lm_head import LMHead
 
 
@@ -56,7 +64,7 @@ def generate_answers(
         `list[str]`: the answers without special tokens and outer white space, in the order of the prompts.
     """
     lm = causal_lm_of(model)
-    ends = _eos_token_ids(lm, tokenizer)
+    ends = end_token_ids(lm, tokenizer)
     encoded = [encode_prompt(prompt, tokenizer, chat_template_kwargs) for prompt in prompts]
     decode = _decode_with_state if keeps_state(lm) else _decode
     was_training = model.training
@@ -83,9 +91,9 @@ def _decode(lm: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, 
     answers: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
     head, cache = LMHead.of(lm), DynamicCache(config=lm.config)
-    ids, mask = pad(prompts, "left", device_of(lm))
+    hidden, mask = prefill(lm, prompts, cache)
     for step in range(max_new_tokens):
-        tokens = head.logits(hidden_states(lm, ids, mask, cache)[:, -1]).argmax(-1)
+        tokens = head.logits(hidden[:, -1]).argmax(-1)
         for row, token in zip(live, tokens.tolist(), strict=True):
             answers[row].append(token)
         going = [index for index, row in enumerate(live) if answers[row][-1] not in ends]
@@ -96,7 +104,8 @@ def _decode(lm: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, 
             kept = torch.tensor(going, device=tokens.device)
             tokens, mask = tokens[kept], mask[kept]
             cache.batch_select_indices(kept)
-        ids, mask = tokens[:, None], torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
+        hidden = hidden_states(lm, tokens[:, None], mask, cache)
     return answers
 
 
@@ -116,10 +125,3 @@ def _decode_with_state(
     answers = output[:, ids.shape[1] :].tolist()
     lengths = [next((n for n, token in enumerate(answer, start=1) if token in ends), None) for answer in answers]
     return [answer[:length] for answer, length in zip(answers, lengths, strict=True)]
-
-
-def _eos_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the tokenizer's EOS and those of the model's generation config."""
-    of_model = lm.generation_config.eos_token_id
-    of_model = of_model if isinstance(of_model, list) else [of_model]
-    return sorted({token for token in [tokenizer.eos_token_id, *of_model] if token is not None})

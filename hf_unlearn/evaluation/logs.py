@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.evaluation.aggregates import ATTACKS
+from hf_unlearn.evaluation.aggregates import ATTACKS, question_figures
 from hf_unlearn.evaluation.results import Evaluation
 
 
@@ -42,7 +42,7 @@ _OLD_LOG_KEYS = {"avg_gt_loss", "gt_loss", "avg_paraphrased_loss"}
 
 def read_log(path: str | Path) -> Evaluation:
     """
-    Read a log as an evaluation without figures.
+    Read a log as an evaluation; of open-unlearning's, the figures are computed from its rows.
 
     From open-unlearning's, the columns of `Evaluation.rows` have their usual names; `ground_truth` is one more of them
     and holds the answer texts of the log, by which one can tell whether its rows are one's own.
@@ -50,7 +50,7 @@ def read_log(path: str | Path) -> Evaluation:
     Args:
         path (`str` or `Path`):
             `TOFU_EVAL.json`, or our own `evaluation.json`, or a folder that holds one of them (ours comes first). Of
-            several evaluations in ours, the one of the model as it is (α = 0 or none) is taken.
+            several evaluations in ours, the one at the chosen α is taken.
     """
     path = find_log(path)
     try:
@@ -95,13 +95,13 @@ def _is_old_log(content: dict[str, Any]) -> bool:
 
 def _read_own(content: dict[str, Any], path: Path) -> Evaluation:
     entries = content.get("evaluations", [content])
-    if len(entries) > 1:
-        entries = [entry for entry in entries if not entry.get("alpha")]
+    if len(entries) > 1 and content.get("choice"):
+        entries = [entry for entry in entries if entry.get("alpha") == content["choice"]["alpha"]]
     if len(entries) != 1:
         alphas = ", ".join(str(entry.get("alpha")) for entry in content["evaluations"])
         raise UnlearningError(
-            f"{path} holds the evaluations at α = {alphas or 'none'}, not one of a model as it is. Give the log of a "
-            "single evaluation."
+            f"{path} holds evaluations at α = {alphas or 'none'}, and none of them is the chosen one. Give the log of a "
+            "single model."
         )
     try:
         return Evaluation.from_dict(entries[0])
@@ -128,6 +128,7 @@ def _read_open_unlearning(content: dict[str, Any], path: Path) -> Evaluation:
         if "generation" in table:
             evaluation.answers[name] = table.pop("generation")
         evaluation.rows[name] = {"row": list(rows)} | table
+    evaluation.figures = question_figures(evaluation, None)
     return evaluation
 
 

@@ -15,7 +15,15 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from hf_unlearn.data.formats import Messages
 from hf_unlearn.data.tokenization import IGNORED, encode_pair
 from hf_unlearn.evaluation.batching import BatchSize, run_in_batches
-from hf_unlearn.evaluation.forward import causal_lm_of, device_of, hidden_states, keeps_state, pad
+from hf_unlearn.evaluation.forward import (
+    causal_lm_of,
+    device_of,
+    end_token_ids,
+    hidden_states,
+    keeps_state,
+    pad,
+    prefill,
+)
 from hf_unlearn.lm_head import LMHead
 
 
@@ -33,11 +41,13 @@ class EncodedAnswers:
         prefix (`list[int]`): The tokens that all its sequences begin with and none of which is scored.
         rests (`list[list[int]]`): Per answer, the tokens after the prefix.
         skipped (`list[int]`): Per answer, how many leading tokens of the rest still belong to the prompt.
+        num_cut (`list[int]`): Per answer, how many of its tokens were cut off at the longest length.
     """
 
     prefix: list[int]
     rests: list[list[int]]
     skipped: list[int]
+    num_cut: list[int]
 
     @property
     def num_tokens(self) -> int:
@@ -53,7 +63,8 @@ class AnswerScores:
     Args:
         log_probs (`np.ndarray` of shape `(n,)`, fp32): Log-probability of each answer token given all before it.
         is_top1 (`np.ndarray` of shape `(n,)`, bool): Whether the token is the model's first choice.
-        ends_with_eos (`bool`): Whether the last token is EOS, which memorisation metrics leave out.
+        num_ends (`int`): How many of the last tokens end the answer, which memorisation metrics leave out: EOS, or the
+            end of a turn with the white space that the chat template writes after it.
         mean, std (`np.ndarray` of shape `(n,)`, fp32, *optional*): Moments of the log-probabilities over the
             vocabulary at each position ([`LMHead.log_prob_moments`]), where they were asked for.
         kl (`np.ndarray` of shape `(n,)`, fp32, *optional*): KL(p_ref ‖ p_θ) at each position, in nats, where a
@@ -62,14 +73,14 @@ class AnswerScores:
 
     log_probs: np.ndarray
     is_top1: np.ndarray
-    ends_with_eos: bool
+    num_ends: int
     mean: np.ndarray | None = None
     std: np.ndarray | None = None
     kl: np.ndarray | None = None
 
-    def without_eos(self, values: np.ndarray) -> np.ndarray:
-        """The entries of one of the arrays that do not belong to EOS."""
-        return values[:-1] if self.ends_with_eos else values
+    def without_end(self, values: np.ndarray) -> np.ndarray:
+        """The entries of one of the arrays that belong to the text of the answer."""
+        return values[: len(values) - self.num_ends]
 
 
 def encode_answers(
@@ -99,6 +110,7 @@ def encode_answers(
         prefix=sequences[0][:shared],
         rests=[sequence[shared:] for sequence in sequences],
         skipped=[start - shared for start in starts],
+        num_cut=[pair["num_cut"] for pair in pairs],
     )
 
 
@@ -117,7 +129,8 @@ def score_answers(
     """
     Score answers in one forward pass over each prompt and each answer, in the order of the rows.
 
-    Answers of one prompt continue from its keys and values, so the prompt is computed once. Rows are batched by length;
+    Answers of one prompt continue from its keys and values, so the prompt is computed once; so is what all prompts of a
+    batch begin with. Rows are batched by length;
     only answer positions are projected to the vocabulary, in fp32.
 
     Args:
@@ -141,11 +154,19 @@ def score_answers(
     was_training = model.training
     model.eval()
     share = not keeps_state(causal_lm_of(model))
+    ends = end_token_ids(causal_lm_of(model), tokenizer)
 
     def run(indices: list[int]) -> list[list[AnswerScores]]:
         batch = [rows[index] for index in indices]
-        shared = share and bool(batch[0].prefix) and len(batch[0].rests) > 1
-        return _score_batch(model, batch, tokenizer.eos_token_id, shared, moments, reference)
+        shared = share and len(batch[0].prefix) > 1
+        scores = _score_batch(model, batch, shared, moments, reference)
+        return [
+            [
+                AnswerScores(**arrays, num_ends=_num_ends(rest, ends, tokenizer))
+                for rest, arrays in zip(*pair, strict=True)
+            ]
+            for pair in zip([row.rests for row in batch], scores, strict=True)
+        ]
 
     try:
         return run_in_batches(
@@ -153,7 +174,7 @@ def score_answers(
             run,
             batch_size=batch_size,
             max_tokens=MAX_TOKENS,
-            kinds=[len(row.rests) if row.prefix else 0 for row in rows],
+            kinds=[len(row.rests) if len(row.prefix) > 1 else 0 for row in rows],
             progress=progress,
             on_results=on_results,
         )
@@ -172,11 +193,11 @@ class _Sequence(NamedTuple):
 def _score_batch(
     model: PreTrainedModel | PeftModel,
     batch: list[EncodedAnswers],
-    eos_token_id: int | None,
     shared: bool,
     moments: bool,
     reference: Reference | None,
-) -> list[list[AnswerScores]]:
+) -> list[list[dict[str, np.ndarray]]]:
+    """Per row and answer, the arrays of [`AnswerScores`]."""
     answers = [
         _Sequence(index, rest, skipped)
         for index, row in enumerate(batch)
@@ -198,10 +219,9 @@ def _score_batch(
             columns["kl"] = head.kl_from_reference(hidden, reference_hidden, LMHead.of(reference_lm)).float()
     counts = [len(answer.rest) - answer.skipped for answer in answers]
     parts = {name: column.cpu().split(counts) for name, column in columns.items()}
-    results: list[list[AnswerScores]] = [[] for _ in batch]
+    results: list[list[dict[str, np.ndarray]]] = [[] for _ in batch]
     for index, answer in enumerate(answers):
-        arrays = {name: part[index].numpy().copy() for name, part in parts.items()}
-        results[answer.row].append(AnswerScores(**arrays, ends_with_eos=answer.rest[-1:] == [eos_token_id]))
+        results[answer.row].append({name: part[index].numpy().copy() for name, part in parts.items()})
     return results
 
 
@@ -220,14 +240,21 @@ def _plain_positions(lm: PreTrainedModel, batch: list[EncodedAnswers], answers: 
 def _shared_positions(lm: PreTrainedModel, batch: list[EncodedAnswers], answers: list[_Sequence]) -> torch.Tensor:
     """The same, from prompts that are computed once and answers that continue from them."""
     cache = DynamicCache(config=lm.config)
-    ids, prefix_mask = pad([row.prefix for row in batch], "left", device_of(lm))
-    last_of_prefix = hidden_states(lm, ids, prefix_mask, cache)[:, -1:]
-    of_rows = torch.tensor([answer.row for answer in answers], device=ids.device)
+    last_of_prefix, prefix_mask = prefill(lm, [row.prefix for row in batch], cache)
+    of_rows = torch.tensor([answer.row for answer in answers], device=prefix_mask.device)
     cache.batch_select_indices(of_rows)
     ids, mask = pad([answer.rest for answer in answers], "right", device_of(lm))
     hidden = hidden_states(lm, ids, torch.cat([prefix_mask[of_rows], mask], dim=1), cache)
     hidden = torch.cat([last_of_prefix[of_rows], hidden], dim=1)
     return torch.cat([hidden[index, answer.skipped : len(answer.rest)] for index, answer in enumerate(answers)])
+
+
+def _num_ends(rest: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of the last tokens are an end token and white space after it; 0 for an answer that was cut."""
+    last = next((index for index in reversed(range(len(rest))) if rest[index] in ends), None)
+    if last is None or tokenizer.decode(rest[last + 1 :], skip_special_tokens=True).strip():
+        return 0
+    return len(rest) - last
 
 
 def _num_unscored(labels: list[int]) -> int:

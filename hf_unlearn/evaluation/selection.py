@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.evaluation.figures import not_computed
+from hf_unlearn.evaluation.figures import NOT_FINITE, not_computed
 from hf_unlearn.evaluation.results import Evaluation
 
 
@@ -74,6 +74,7 @@ def choose_alpha(
     min_utility: float = MIN_UTILITY,
     auc_tolerance: float = AUC_TOLERANCE,
     refinements: int = 4,
+    generate: bool = False,
 ) -> Choice:
     """
     Choose α: a coarse grid from below, then bisection.
@@ -98,14 +99,17 @@ def choose_alpha(
             Distance of the membership AUC from 0.5 up to which `match-holdout` counts as met.
         refinements (`int`, *optional*, defaults to `4`):
             Bisection steps after the grid.
+        generate (`bool`, *optional*, defaults to `False`):
+            Whether to generate answers at the chosen α, also where the rule needs none: a model that no longer writes
+            text has failed, whatever the rule says.
 
     Raises:
         [`~hf_unlearn.errors.UnlearningError`]: the protocol or the data do not allow the rule.
     """
-    steps = _Steps(evaluator, min_utility)
+    if rule is not None:
+        _check_rule(rule, evaluator)
+    steps = _Steps(evaluator, min_utility, generate)
     rule = rule or _best_rule(steps)
-    if rule not in _RULES:
-        raise UnlearningError(f"There is no rule {rule!r}. Choose from: {', '.join(_RULES)}.")
     goes_on, finish = _RULES[rule](steps, auc_tolerance)
 
     low, high = 0.0, None
@@ -131,7 +135,10 @@ def collapse(evaluation: Evaluation, reference: Evaluation | None = None, utilit
     """
     value, before = evaluation.value(utility), reference.value(utility) if reference is not None else None
     remarks = []
-    if value is not None and before and value < COLLAPSED_UTILITY * before:
+    note = evaluation.figures[utility].note if utility in evaluation.figures else None
+    if before and value is None and note and NOT_FINITE in note:
+        remarks.append(f"collapsed: {utility} {note}")
+    if before and value is not None and value < COLLAPSED_UTILITY * before:
         remarks.append(f"collapsed: {utility} {value:.3f}, {value / before:.0%} of the reference's")
     text = {name: evaluation.value(name) for name in evaluation.figures if name.endswith("_degenerate_rate")}
     for name, share in text.items():
@@ -165,9 +172,10 @@ def trade_off(evaluation: Evaluation, reference: Evaluation, utility: str) -> fl
 class _Steps:
     """The α tried so far, each evaluated with answers only where the utility needs them."""
 
-    def __init__(self, evaluator: Evaluates, min_utility: float) -> None:
+    def __init__(self, evaluator: Evaluates, min_utility: float, answers: bool) -> None:
         self.evaluator = evaluator
         self.min_utility = min_utility
+        self.answers = answers
         self.name = evaluator.protocol.utility
         self.tried: dict[float, Evaluation] = {}
         first = evaluator.evaluate(0.0, generate=False)
@@ -201,6 +209,11 @@ class _Steps:
         ]
 
     def choice(self, rule: str, target: str, alpha: float, met: bool, verdict: str, **details: Any) -> Choice:
+        if self.answers:
+            self.tried[alpha] = self.evaluator.evaluate(alpha, generate=True)
+        failure = collapse(self.at(alpha), self.reference, self.name) if alpha > 0 else None
+        if met and failure is not None:
+            met, verdict = False, f"{verdict} But it has failed: {failure}."
         evidence = [
             {"alpha": tried, "utility": evaluation.value(self.name), "utility_share": self.share(tried)}
             | ({target: evaluation.value(target)} if target else {})
@@ -231,10 +244,10 @@ def _match_retrain(steps: _Steps, auc_tolerance: float) -> Finish:
         raise UnlearningError(
             f"match-retrain steers by forget quality: {reason}. Pass a retrained model's log, or choose another rule."
         )
-    goal = np.median(steps.evaluator.retrained.rows["forget"]["truth_ratio"])
+    goal = _median_truth_ratio(steps.evaluator.retrained)
 
     def goes_on(alpha: float) -> bool:
-        return bool(np.median(steps.at(alpha).rows["forget"]["truth_ratio"]) < goal)
+        return _median_truth_ratio(steps.at(alpha)) < goal
 
     def finish() -> Choice:
         quality = {alpha: steps.at(alpha).value("forget_quality") for alpha in steps.candidates("forget_quality")}
@@ -296,7 +309,8 @@ def _match_holdout(steps: _Steps, auc_tolerance: float) -> Finish:
 def _utility_budget(steps: _Steps, auc_tolerance: float) -> Finish:
     def finish() -> Choice:
         alpha = max(steps.candidates())
-        name = "forget_probability" if "forget_probability" in steps.reference.figures else ""
+        name = steps.evaluator.protocol.forgetting
+        name = name if steps.reference.value(name) is not None else ""
         verdict = f"α = {alpha:g}: {steps.kept(alpha)}. "
         met = alpha > 0
         if name:
@@ -305,7 +319,7 @@ def _utility_budget(steps: _Steps, auc_tolerance: float) -> Finish:
             verdict += f"{_words(name).capitalize()} {before:.3f} → {after:.3f}. "
         auc = steps.at(alpha).value("membership_auc_loss")
         if auc is None:
-            verdict += "Without hold-out rows nobody can say whether that is forgotten or over-forgotten."
+            verdict += "With nothing to compare with, nobody can say whether that is forgotten or over-forgotten."
         else:
             verdict += f"Membership AUC of forget against hold-out rows {auc:.2f}."
         return steps.choice("utility-budget: the largest α", "", alpha, met, verdict)
@@ -318,6 +332,27 @@ _RULES: dict[str, Callable[[_Steps, float], Finish]] = {
     "match-holdout": _match_holdout,
     "utility-budget": _utility_budget,
 }
+
+
+def _check_rule(rule: str, evaluator: Evaluates) -> None:
+    """Refuse a rule that cannot be followed before anything is computed."""
+    if rule not in _RULES:
+        raise UnlearningError(f"There is no rule {rule!r}. Choose from: {', '.join(_RULES)}.")
+    if rule == "match-retrain" and evaluator.retrained is None:
+        raise UnlearningError(
+            "match-retrain steers by forget quality, and there is no retrained log. Pass a retrained model's log, or "
+            "choose another rule."
+        )
+    if rule == "match-holdout" and "holdout" not in evaluator.protocol.sets:
+        raise UnlearningError(
+            "match-holdout needs hold-out rows: rows of the same kind as the forget set that the model never saw. Pass "
+            "a hold-out set, or choose another rule."
+        )
+
+
+def _median_truth_ratio(evaluation: Evaluation) -> float:
+    ratios = evaluation.rows["forget"]["truth_ratio"]
+    return float(np.median([ratio for ratio in ratios if ratio is not None]))
 
 
 def _best_rule(steps: _Steps) -> str:

@@ -55,10 +55,8 @@ class _RunCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        evaluates = any(
-            isinstance(callback, EvaluationCallback) for callback in self.trainer.callback_handler.callbacks
-        )
-        if args.eval_strategy != "no" and not self.trainer.eval_dataset and not evaluates:
+        evaluates = self.trainer.eval_dataset or self.trainer.evaluation_callbacks
+        if args.eval_strategy != "no" and not evaluates:
             raise UnlearningError(
                 f"eval_strategy={args.eval_strategy.value!r} has nothing to evaluate. Pass `eval_dataset`, add an "
                 "`EvaluationCallback`, or set eval_strategy='no'."
@@ -176,6 +174,7 @@ class UnlearningTrainer(SFTTrainer):
         self.data_collator = PairCollator(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
         self.add_callback(_RunCallback(self))
         self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
+        self._is_evaluating = False
 
     # ---- What a method defines ----
 
@@ -356,16 +355,6 @@ class UnlearningTrainer(SFTTrainer):
                 logs[name] = value / count
         return logs | {"num_tokens": self._total_train_tokens}
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ):
-        """The losses of the evaluation sets, and what an [`EvaluationCallback`] adds."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if not metrics:  # no evaluation set, so no event yet
-            self.model.eval()
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.model.training:
             logs = logs | self._collect_logs()
@@ -377,6 +366,38 @@ class UnlearningTrainer(SFTTrainer):
             logs[f"{prefix}_{name}"] = sum(values) / len(values)
         self._metrics["eval"].clear()
         super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    @property
+    def evaluation_callbacks(self) -> list[EvaluationCallback]:
+        """The callbacks that evaluate a protocol."""
+        return [item for item in self.callback_handler.callbacks if isinstance(item, EvaluationCallback)]
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        """Add a callback; an [`EvaluationCallback`] goes before all others, which may read its metrics."""
+        super().add_callback(callback)
+        if isinstance(callback, EvaluationCallback):
+            callbacks = self.callback_handler.callbacks
+            callbacks.insert(0, callbacks.pop())
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ):
+        """The losses of the evaluation sets, and what an [`EvaluationCallback`] adds."""
+        if self._is_evaluating:  # one of several evaluation sets
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        for callback in self.evaluation_callbacks:
+            callback.is_due = True
+        self._is_evaluating = True
+        try:
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self._is_evaluating = False
+        if not metrics:  # no evaluation set, so no event yet
+            self.model.eval()
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # ---- Saving ----
 

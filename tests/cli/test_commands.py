@@ -12,55 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_lines import set_arguments, train_arguments, write_rows
 from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_rows
 from transformers import AutoModelForCausalLM
 
 import hf_unlearn
 from hf_unlearn.cli import COMMANDS, main
-from hf_unlearn.evaluation import scoring
-
-
-LOGS = Path(__file__).parents[3] / "shared" / "data" / "tofu_eval_logs"
-EVALUATION_OUTPUTS = {"report.html", "evaluation.json", "figures.csv", "rows.csv", "evaluation.png"}
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory, tiny_model_dir) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("cli")
-    sets = {name: write_rows(folder / f"{name}.jsonl", tiny_rows(6, seed)) for seed, name in enumerate("frh")}
-    return {"model": str(tiny_model_dir), "forget": sets["f"], "retain": sets["r"], "holdout": sets["h"]}
-
-
-def train_arguments(files, output_dir, *extra: str) -> list[str]:
-    return [
-        "train",
-        "--model_name_or_path",
-        files["model"],
-        "--forget_dataset",
-        files["forget"],
-        "--retain_dataset",
-        files["retain"],
-        "--output_dir",
-        str(output_dir),
-        "--learning_rate",
-        "1e-2",
-        "--disable_tqdm",
-        "true",
-        *extra,
-    ]
-
-
-@pytest.fixture(scope="module")
-def adapter(files, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("train") / "run"
-    assert main(train_arguments(files, folder)) == 0
-    return str(folder)
 
 
 class TestHelp:
@@ -301,10 +259,6 @@ class TestExtrapolate:
         assert not (tmp_path / "m").exists()
 
 
-def set_arguments(files, *names: str) -> list[str]:
-    return [part for name in names for part in (f"--{name}_dataset", files[name])]
-
-
 class TestTrainWithEvaluation:
     def test_the_sets_of_the_run_are_evaluated_at_the_chosen_steps(self, files, tmp_path):
         options = ["--eval_strategy", "epoch", "--num_train_epochs", "2", "--eval_alpha", "0.5"]
@@ -314,130 +268,6 @@ class TestTrainWithEvaluation:
         logs = [log for log in history if "eval_trade_off" in log]
         assert len(logs) == 2
         assert {"eval_forget_probability", "eval_retain_kl", "eval_holdout_perplexity"} <= logs[0].keys()
-
-
-class TestEval:
-    def test_a_model(self, files, tmp_path, capsys):
-        arguments = ["eval", "--model", files["model"], "--max_new_tokens", "4", "--output_dir", str(tmp_path / "e")]
-        arguments += set_arguments(files, "forget", "retain", "holdout")
-        assert main(arguments) in (0, 1)  # a random model may well count as collapsed
-        assert {path.name for path in (tmp_path / "e").iterdir()} == EVALUATION_OUTPUTS
-        text = capsys.readouterr().out
-        assert "forget_quality: not computed: no retrained log" in text
-        assert "retain_kl: not computed: no reference model" in text
-        assert main(arguments) == 2
-        assert "--overwrite" in capsys.readouterr().err
-
-    def test_an_adapter_at_several_alphas_equals_the_models_written_at_them(self, files, adapter, tmp_path):
-        sets = set_arguments(files, "forget", "retain", "holdout")
-        common = ["--max_new_tokens", "4", *sets]
-        arguments = ["eval", "--adapter", adapter, "--alphas", "0.25", "2", "--output_dir", str(tmp_path / "e")]
-        assert main([*arguments, *common]) == 0
-        live = json.loads((tmp_path / "e" / "evaluation.json").read_text())["evaluations"]
-        assert [one["alpha"] for one in live] == [0.0, 0.25, 2.0]
-        model = tmp_path / "forget-model"
-        assert main(["extrapolate", "--adapter", adapter, "--alpha", "2", "--output_dir", str(model)]) == 0
-        arguments = ["eval", "--model", str(model), "--reference_model", files["model"]]
-        assert main([*arguments, *common, "--output_dir", str(tmp_path / "m")]) in (0, 1)
-        merged = json.loads((tmp_path / "m" / "evaluation.json").read_text())["evaluations"][0]
-        assert merged["alpha"] is None
-        for name, columns in merged["rows"].items():
-            for column in ("loss", "extraction_strength", "kl", "min_k_plus_plus_score"):
-                if column in columns:
-                    assert columns[column] == pytest.approx(live[2]["rows"][name][column], abs=1e-4), column
-        assert merged["answers"] == live[2]["answers"]
-
-    def test_an_interrupted_evaluation_goes_on(self, files, tmp_path, monkeypatch):
-        arguments = ["eval", "--model", files["model"], "--max_new_tokens", "4", "--output_dir", str(tmp_path / "e")]
-        arguments += ["--batch_size", "2", *set_arguments(files, "forget", "retain")]
-        score_batch, calls = scoring._score_batch, []
-
-        def interrupted(*args):
-            calls.append(1)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-            return score_batch(*args)
-
-        monkeypatch.setattr(scoring, "_score_batch", interrupted)
-        assert main(arguments) == 130
-        assert not (tmp_path / "e").exists()
-        assert main(arguments) in (0, 1)
-        # three batches of two forget rows and of two retain rows; the two done before are not run again
-        assert len(calls) == 3 + 4
-
-    def test_dry_run(self, files, adapter, tmp_path, capsys):
-        sets = set_arguments(files, "forget", "retain")
-        arguments = ["eval", "--adapter", adapter, "--output_dir", str(tmp_path / "e"), "--dry_run", *sets]
-        assert main(arguments) == 0
-        assert "6 forget, 6 retain" in capsys.readouterr().out
-        assert not (tmp_path / "e").exists()
-
-    def test_two_processes_write_one_result(self, files, tmp_path):
-        arguments = ["eval", "--model", files["model"], "--max_new_tokens", "4"]
-        arguments += set_arguments(files, "forget", "retain", "holdout")
-        assert main([*arguments, "--output_dir", str(tmp_path / "one")]) in (0, 1)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        command = [*launcher, "-m", "hf_unlearn.cli", *arguments, "--output_dir", str(tmp_path / "two")]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert (tmp_path / "two").exists(), result.stderr[-3000:]
-        one, two = (
-            json.loads((tmp_path / name / "evaluation.json").read_text())["evaluations"][0] for name in ("one", "two")
-        )
-        assert one["answers"] == two["answers"]
-        one, two = ({name: figure["value"] for name, figure in each["figures"].items()} for each in (one, two))
-        assert {name: two[name] for name in one if one[name] is None} == {"forget_quality": None, "retain_kl": None}
-        assert {name: two[name] for name in one if one[name] is not None} == pytest.approx(
-            {name: value for name, value in one.items() if value is not None}, rel=1e-5
-        )
-        assert len(list((tmp_path / "two.cache").glob("*.jsonl"))) == 2
-
-    @pytest.mark.skipif(not LOGS.exists(), reason="needs the published evaluation logs")
-    def test_a_published_log(self, tmp_path, capsys):
-        log = LOGS / "tofu_Llama-3.2-1B-Instruct_full" / "evals_forget01"
-        retrained = LOGS / "tofu_Llama-3.2-1B-Instruct_retain99"
-        arguments = ["eval", "--log", str(log), "--output_dir", str(tmp_path / "e"), "--retrained_log"]
-        assert main([*arguments, str(retrained)]) == 0
-        figures = json.loads((tmp_path / "e" / "evaluation.json").read_text())["evaluations"][0]["figures"]
-        assert figures["forget_quality"]["value"] == pytest.approx(0.006760732303569208, rel=1e-6)
-        assert figures["model_utility"]["value"] == pytest.approx(0.5991534707368931, rel=1e-6)
-        assert (tmp_path / "e" / "TOFU_EVAL.json").exists()
-        capsys.readouterr()
-        assert main([*arguments, str(log), "--overwrite"]) == 2
-        assert "the same file" in capsys.readouterr().err
-        other = LOGS / "tofu_Llama-3.2-1B-Instruct_retain90"
-        assert main([*arguments, str(other), "--overwrite"]) == 2
-        assert "40 rows" in capsys.readouterr().err
-
-
-class TestSweep:
-    def test_outputs_and_exit_code(self, files, adapter, tmp_path, capsys):
-        arguments = ["sweep", "--adapter", adapter, "--alphas", "0.25", "0.5", "--max_new_tokens", "4"]
-        for name in ("forget", "retain", "holdout"):
-            arguments += [f"--{name}_dataset", files[name]]
-        code = main([*arguments, "--output_dir", str(tmp_path / "s")])
-        names = {path.name for path in (tmp_path / "s").iterdir()}
-        assert names == {*EVALUATION_OUTPUTS, "choice.json"}
-        choice = json.loads((tmp_path / "s" / "choice.json").read_text())
-        assert code == (0 if choice["met"] else 1)
-        assert choice["verdict"] in capsys.readouterr().out
-        assert main([*arguments, "--output_dir", str(tmp_path / "s")]) == 2
-
-    def test_dry_run(self, files, adapter, tmp_path, capsys):
-        arguments = ["sweep", "--adapter", adapter, "--output_dir", str(tmp_path / "s"), "--dry_run"]
-        assert main([*arguments, "--forget_dataset", files["forget"], "--retain_dataset", files["retain"]]) == 0
-        text = capsys.readouterr().out
-        assert "6 forget, 6 retain" in text
-        assert "report.html" in text
-        assert "memory" in text
-        assert not (tmp_path / "s").exists()
-
-    def test_another_base_is_refused_also_in_a_dry_run(self, files, adapter, tmp_path, capsys):
-        tiny_llama(seed=9).save_pretrained(tmp_path / "other")
-        arguments = ["sweep", "--adapter", adapter, "--output_dir", str(tmp_path / "s"), "--dry_run"]
-        arguments += ["--forget_dataset", files["forget"], "--retain_dataset", files["retain"]]
-        assert main([*arguments, "--base", str(tmp_path / "other")]) == 2
-        assert "not the base model" in capsys.readouterr().err
 
 
 class TestQuickstart:

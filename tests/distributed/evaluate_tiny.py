@@ -27,14 +27,21 @@ def evaluate(output_dir: Path) -> dict[str, Any]:
     tokens = []
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: tokens.append(args[0].numel()))
 
-    def run(batch_size: BatchSize) -> list[dict[str, Any]]:
-        cache = ResultCache(output_dir / f"cache-{batch_size}")
+    def run(batch_size: BatchSize, folder: str | None = None) -> list[dict[str, Any]]:
+        cache = ResultCache(output_dir / (folder or f"cache-{batch_size}"))
         evaluator = Evaluator(model, tokenizer, protocol, batch_size=batch_size, cache=cache, progress=False)
         return [evaluation.to_dict() for evaluation in evaluator.run([1.5])]
 
     facts = {"evaluations": run(batch_size=1), "computed": sum(tokens)}
     tokens.clear()
     facts |= {"from_cache": run(batch_size=1), "computed_again": sum(tokens)}
+    tokens.clear()
+    rank = process_state().process_index
+    own = output_dir / f"disk-of-{rank}"  # each process finds something else: all but three of its own results
+    own.mkdir()
+    lines = (output_dir / "cache-1" / f"process{rank}.jsonl").read_text().splitlines(keepends=True)
+    (own / f"process{rank}.jsonl").write_text("".join(lines[3 * (rank + 1) :]))
+    facts |= {"different_caches": run(batch_size=2, folder=own.name)}
     tokens.clear()
     facts |= {"automatic_batches": run(batch_size="auto"), "computed_automatic": sum(tokens)}
     return facts | {"no_rows": score_answers(model, [], tokenizer)}

@@ -44,7 +44,7 @@ def test_it_really_was_two_processes(runs):
     assert {facts["distributed_type"] for facts in two} == {"DistributedType.MULTI_CPU"}
 
 
-@pytest.mark.parametrize("key", ["evaluations", "automatic_batches"])
+@pytest.mark.parametrize("key", ["evaluations", "different_caches", "automatic_batches"])
 def test_all_processes_get_all_that_one_gets(runs, key):
     _, one, two = runs
     assert two[0][key] == two[1][key]

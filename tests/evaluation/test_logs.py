@@ -90,7 +90,10 @@ def evaluation(alpha: float | None) -> Evaluation:
 
 def test_open_unlearning_is_read(tmp_path):
     result = read_log(write(tmp_path / "TOFU_EVAL.json", SMALL))
-    assert (result.protocol, result.alpha, result.figures) == ("tofu", None, {})
+    assert (result.protocol, result.alpha) == ("tofu", None)
+    assert result.value("forget_probability") == 0.375  # of 1/2 and 1/4
+    assert result.value("membership_auc_min_k") == 0.5  # 1 and 3 against 2
+    assert result.figures["forget_quality"].note == "not computed: no retrained log"
     assert result.answers == {"forget": ["In Lima.", "Oslo"]}
     assert result.rows["forget"] == {
         "row": [0, 3],
@@ -136,7 +139,8 @@ def test_rows_without_a_value_stay_without(tmp_path):
     result = read_log(write(tmp_path / "log.json", content))
     assert result.rows["forget"]["exact_memorization"] == [1.0, None]
     write_open_unlearning(result, tmp_path / "again.json")
-    assert json.loads((tmp_path / "again.json").read_text()) == content
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert again == content | {"forget_quality": {"agg_value": None}}
 
 
 def test_rows_with_one_id_cannot_be_written(tmp_path):
@@ -149,17 +153,20 @@ def test_our_own_log_is_read(tmp_path):
     path = tmp_path / "evaluation.json"
     assert read_log(write(path, evaluation(None).to_dict())) == evaluation(None)
     assert read_log(write(path, {"evaluations": [evaluation(4.0).to_dict()]})) == evaluation(4.0)
-    sweep = {"evaluations": [evaluation(alpha).to_dict() for alpha in (0.0, 1.0, 2.0)], "choice": {}}
-    assert read_log(write(path, sweep)) == evaluation(0.0)
+    sweep = {"evaluations": [evaluation(alpha).to_dict() for alpha in (0.0, 1.0, 2.0)], "choice": {"alpha": 2.0}}
+    assert read_log(write(path, sweep)) == evaluation(2.0)
     write(tmp_path / "TOFU_EVAL.json", SMALL)
-    assert read_log(tmp_path) == evaluation(0.0)  # ours comes first
+    assert read_log(tmp_path) == evaluation(2.0)  # ours comes first
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"evaluations": [evaluation(alpha).to_dict() for alpha in (1.0, 2.0)]}, r"at α = 1\.0, 2\.0, not one"),
-        ({"evaluations": [evaluation(alpha).to_dict() for alpha in (None, 0.0)]}, r"at α = None, 0\.0, not one"),
+        (
+            {"evaluations": [evaluation(alpha).to_dict() for alpha in (1.0, 2.0)]},
+            r"at α = 1\.0, 2\.0, and none of them is the chosen one",
+        ),
+        ({"evaluations": [evaluation(alpha).to_dict() for alpha in (None, 0.0)]}, r"at α = None, 0\.0, and none"),
         ({"evaluations": []}, "at α = none"),
         ({"protocol": "tofu"}, "no complete evaluation"),
         ({"forget_quality": 0.01, "model_utility": 0.6}, "no log of a known shape.*not the summary"),

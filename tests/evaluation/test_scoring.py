@@ -101,8 +101,8 @@ def check(model, rows, scores) -> None:
         assert result.is_top1.tolist() == [
             best == token for best, token in zip(expected.argmax(-1).tolist(), target, strict=True)
         ]
-        assert result.ends_with_eos
-        assert result.without_eos(result.log_probs).tolist() == result.log_probs[:-1].tolist()
+        assert result.num_ends == 1
+        assert result.without_end(result.log_probs).tolist() == result.log_probs[:-1].tolist()
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, "auto"])
@@ -118,6 +118,16 @@ def test_a_prompt_is_computed_once():
     rows = [("w5 " * 20, [" w6 w7"] * 5)]
     score_answers(model, encode(rows), TOKENIZER)
     assert sum(computed) == 20 + 5 * 3
+
+
+def test_what_all_prompts_begin_with_is_computed_once():
+    model, computed = tiny_llama(), []
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: computed.append(args[0].numel()))
+    turn = "w5 w6 w7 w8 w9 w10 w11 w12 w13 w14 "
+    rows = [(f"{turn}w{index}", [" w6 w7"]) for index in range(20, 24)]
+    scores = score_answers(model, encode(rows), TOKENIZER)
+    assert sum(computed) == 10 + 4 * (1 + 3)
+    check(model, rows, scores)
 
 
 def test_pad_that_is_eos_hides_no_eos():

@@ -11,7 +11,7 @@ from scipy import stats
 from hf_unlearn import UnlearningError
 from hf_unlearn.evaluation import Evaluation, Figure, choose_alpha, collapse
 from hf_unlearn.evaluation.figures import not_computed
-from hf_unlearn.evaluation.selection import trade_off
+from hf_unlearn.evaluation.selection import _median_truth_ratio, trade_off
 
 
 SPREAD = np.linspace(0, 0.9, 10)
@@ -27,7 +27,13 @@ class Drawn:
 
     def __init__(self, loss=None, utility=lambda alpha: 1.0, ratio=None, holdout=True, generated=False, log=None):
         self.loss, self.utility, self.ratio, self.holdout, self.generated = loss, utility, ratio, holdout, generated
-        self.protocol = SimpleNamespace(name="drawn", utility="model_utility" if generated else "retain_probability")
+        self.protocol = SimpleNamespace(
+            name="drawn",
+            utility="model_utility" if generated else "retain_probability",
+            forgetting="forget_probability",
+            sets={"holdout": None} if holdout else {},
+        )
+        self.degenerate = lambda alpha: 0.0
         self.retrained = log
         self.calls: list[tuple[float, bool]] = []
 
@@ -35,6 +41,8 @@ class Drawn:
         self.calls.append((alpha, generate))
         evaluation = Evaluation("drawn", alpha, rows={"forget": {}})
         figures = evaluation.figures
+        if generate:
+            figures["forget_degenerate_rate"] = Figure(self.degenerate(alpha), 10)
         value = self.utility(alpha) if generate or not self.generated else None
         figures[self.protocol.utility] = Figure(value, 10, note=None if value is not None else "not computed: missing")
         if self.loss is not None:
@@ -183,7 +191,7 @@ class TestUtilityBudget:
         assert (choice.target, choice.auc_tolerance) == ("", None)
         assert choice.rule.startswith("utility-budget: the largest α")
         assert choice.verdict.endswith(
-            "Without hold-out rows nobody can say whether that is forgotten or over-forgotten."
+            "With nothing to compare with, nobody can say whether that is forgotten or over-forgotten."
         )
         assert "Forget probability 0.664 → " in choice.verdict  # (1 − e⁻¹) / 10 (1 − e⁻⁰·¹)
 
@@ -192,7 +200,7 @@ class TestUtilityBudget:
         choice = choose_alpha(drawn, rule="utility-budget", min_utility=0.7, refinements=6)
         assert choice.alpha == pytest.approx(3.0, abs=0.05)
         assert choice.rule.endswith("at least 70% of the reference's")
-        assert "Without hold-out rows" not in choice.verdict  # there are some
+        assert "With nothing to compare with" not in choice.verdict  # there are some
 
     def test_it_is_not_met_where_nothing_is_forgotten(self):
         choice = choose_alpha(Drawn(lambda alpha: 1.0 - 0.01 * alpha, holdout=False))
@@ -294,3 +302,37 @@ def test_trade_off(auc, utility, expected):
     after = Evaluation("drawn", figures={"membership_auc_loss": Figure(auc, 20), "model_utility": Figure(utility, 10)})
     before = Evaluation("drawn", figures={"model_utility": Figure(0.8, 10)})
     assert trade_off(after, before, "model_utility") == (None if expected is None else pytest.approx(expected))
+
+
+class TestAChosenModelThatHasFailed:
+    def test_answers_that_are_no_text_fail_the_rule_that_did_not_look_at_them(self):
+        drawn = Drawn(grown, lambda alpha: 1 - 0.01 * alpha)
+        drawn.degenerate = lambda alpha: 0.8 if alpha > 2 else 0.0
+        unseen = choose_alpha(drawn, refinements=5)
+        assert unseen.met
+        choice = choose_alpha(drawn, refinements=5, generate=True)
+        assert (choice.alpha, choice.met) == (unseen.alpha, False)
+        assert choice.verdict.endswith("But it has failed: collapsed: 80% of the forget answers are no text.")
+        assert "no text" in next(line for line in choice.evidence if line["alpha"] == choice.alpha)["remark"]
+        assert [alpha for alpha, generate in drawn.calls if generate] == [choice.alpha]
+
+    def test_figures_that_are_not_finite(self):
+        before = Evaluation("drawn", 0.0, figures={"retain_probability": Figure(0.9, 10)})
+        broken = not_computed("10 of 10 rows are not finite numbers")
+        after = Evaluation("drawn", 8.0, figures={"retain_probability": broken})
+        assert collapse(after, before, "retain_probability") == (
+            "collapsed: retain_probability not computed: 10 of 10 rows are not finite numbers"
+        )
+
+
+class TestRulesThatCannotBeFollowed:
+    @pytest.mark.parametrize(("rule", "said"), [("match-retrain", "no retrained log"), ("match-holdout", "hold-out")])
+    def test_they_are_refused_before_anything_is_computed(self, rule, said):
+        drawn = Drawn(grown, holdout=False)
+        with pytest.raises(UnlearningError, match=said):
+            choose_alpha(drawn, rule=rule)
+        assert drawn.calls == []
+
+    def test_rows_without_a_truth_ratio_are_left_out_of_the_median(self):
+        evaluation = Evaluation("drawn", rows={"forget": {"truth_ratio": [None, 1.0, 2.0, 6.0]}})
+        assert _median_truth_ratio(evaluation) == 2.0

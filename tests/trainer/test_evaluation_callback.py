@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
 from tiny import tiny_llama, tiny_rows, tiny_tokenizer
+from transformers import EarlyStoppingCallback
 
 from hf_unlearn import (
     EvaluationCallback,
@@ -18,9 +21,15 @@ from hf_unlearn import (
     UnlearningError,
     custom_protocol,
 )
-from hf_unlearn.evaluation.figures import Figure
-from hf_unlearn.evaluation.results import Evaluation
-from hf_unlearn.evaluation.selection import trade_off
+
+
+BEST_BY_TRADE_OFF = {
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_trade_off",
+}
+BREAKING_ALPHA = 1e30  # activations overflow, so that no loss is finite
 
 
 def protocol(*names: str):
@@ -30,7 +39,7 @@ def protocol(*names: str):
     return custom_protocol({name: sets[name] for name in names}, chat=False, max_new_tokens=4)
 
 
-def make(tmp_path, model=None, **options) -> ExtrapolationTrainer:
+def make(tmp_path, model=None, eval_dataset=None, callbacks=None, **options) -> ExtrapolationTrainer:
     defaults = {
         "output_dir": str(tmp_path / "run"),
         "per_device_train_batch_size": 3,
@@ -47,7 +56,9 @@ def make(tmp_path, model=None, **options) -> ExtrapolationTrainer:
         args=ExtrapolationConfig(**defaults | options),
         forget_dataset=tiny_rows(6, 1),
         retain_dataset=tiny_rows(6, 2),
+        eval_dataset=eval_dataset,
         processing_class=tiny_tokenizer(),
+        callbacks=callbacks,
     )
 
 
@@ -96,14 +107,7 @@ def test_training_goes_on_as_if_nothing_had_been_evaluated(tmp_path):
 
 
 def test_the_best_checkpoint_is_that_of_the_largest_trade_off(tmp_path):
-    trainer = make(
-        tmp_path,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_trade_off",
-        greater_is_better=True,
-    )
+    trainer = make(tmp_path, **BEST_BY_TRADE_OFF)
     trainer.add_callback(EvaluationCallback(trainer, protocol("forget", "retain", "holdout"), alpha=0.05))
     trainer.train()
     logs = logged(trainer)
@@ -111,22 +115,19 @@ def test_the_best_checkpoint_is_that_of_the_largest_trade_off(tmp_path):
     assert len({log["eval_trade_off"] for log in logs}) > 1
     assert trainer.state.best_metric == best["eval_trade_off"]
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best['step']}")
+    assert best["step"] < trainer.state.global_step
+    metrics = trainer.evaluate()  # of the best checkpoint, which has been loaded
+    assert metrics == pytest.approx({name: value for name, value in best.items() if name in metrics})
+    assert {"eval_trade_off", "eval_forget_probability"} <= metrics.keys()
 
 
 def test_evaluate_with_a_set_and_a_protocol_gives_both_and_runs_the_protocol_once(tmp_path):
-    trainer = ExtrapolationTrainer(
-        model=tiny_llama(),
-        args=ExtrapolationConfig(output_dir=str(tmp_path), report_to="none", disable_tqdm=True),
-        forget_dataset=tiny_rows(6, 1),
-        retain_dataset=tiny_rows(6, 2),
-        eval_dataset={"forget": tiny_rows(6, 1), "holdout": tiny_rows(6, 3)},
-        processing_class=tiny_tokenizer(),
-    )
-    callback = EvaluationCallback(trainer, protocol("forget", "retain", "holdout"))
-    trainer.add_callback(callback)
-    metrics = trainer.evaluate()
-    assert {"eval_forget_loss", "eval_holdout_loss", "eval_forget_probability", "eval_trade_off"} <= metrics.keys()
-    assert len(logged(trainer)) == 1
+    trainer = make(tmp_path, eval_dataset={"forget": tiny_rows(6, 1), "holdout": tiny_rows(6, 3)})
+    trainer.add_callback(EvaluationCallback(trainer, protocol("forget", "retain", "holdout")))
+    for calls in (1, 2):
+        metrics = trainer.evaluate()
+        assert {"eval_forget_loss", "eval_holdout_loss", "eval_forget_probability", "eval_trade_off"} <= metrics.keys()
+        assert len(logged(trainer)) == calls
 
 
 def test_nothing_to_evaluate_is_refused_before_training(tmp_path):
@@ -136,25 +137,91 @@ def test_nothing_to_evaluate_is_refused_before_training(tmp_path):
 
 def test_a_trade_off_without_holdout_rows_is_refused(tmp_path):
     trainer = make(tmp_path, metric_for_best_model="trade_off")
-    with pytest.raises(UnlearningError, match="hold-out"):
+    with pytest.raises(UnlearningError, match="'trade_off' needs membership_auc_loss .*no such figure.*hold-out set"):
         EvaluationCallback(trainer, protocol("forget", "retain"))
 
 
+def test_a_trade_off_that_needs_answers_is_refused_without_them(tmp_path):
+    trainer = make(tmp_path, metric_for_best_model="eval_trade_off")
+    of_answers = replace(protocol("forget", "retain", "holdout"), utility="retain_rouge_l_recall")
+    with pytest.raises(UnlearningError, match="'eval_trade_off' needs .*retain_rouge_l_recall.*pass generate=True"):
+        EvaluationCallback(trainer, of_answers)
+    EvaluationCallback(trainer, of_answers, generate=True)
+
+
 @pytest.mark.parametrize(
-    ("auc", "utility", "expected"),
+    ("metric", "reason"),
     [
-        (0.5, 0.8, 1.0),  # forgotten, and everything left
-        (1.0, 0.8, 0.0),  # nothing forgotten
-        (0.0, 0.8, 0.0),  # over-forgotten: as bad
-        (0.75, 0.8, 2 / 3),  # 1 and 1/2
-        (0.5, 0.4, 2 / 3),  # 1/2 and 1
-        (0.5, 0.9, 1.0),  # more utility than before counts as all of it
-        (0.0, 0.0, 0.0),
+        ("eval_forget_quality", "forget_quality .at α = 0 not computed: no retrained log"),
+        ("eval_forget_rouge_l_recall", "no such figure.*pass generate=True"),
+        ("retain_probabilty", "no such figure.*name a metric that there is: .*eval_retain_probability"),
+        ("eval_retain_loss", "no such figure"),  # there is no evaluation set of that name
     ],
 )
-def test_trade_off(auc, utility, expected):
-    before = Evaluation("custom", 0.0, figures={"retain_probability": Figure(0.8, 10)})
-    figures = {"retain_probability": Figure(utility, 10), "membership_auc_loss": Figure(auc, 20)}
-    after = Evaluation("custom", 1.0, figures=figures)
-    assert math.isclose(trade_off(after, before, "retain_probability"), expected, abs_tol=1e-12)
-    assert trade_off(before, before, "retain_probability") is None  # no AUC
+def test_a_metric_that_no_evaluation_will_have_is_refused(tmp_path, metric, reason):
+    trainer = make(tmp_path, eval_dataset={"forget": tiny_rows(6, 1)}, metric_for_best_model=metric)
+    with pytest.raises(UnlearningError, match=reason):
+        EvaluationCallback(trainer, protocol("forget", "retain", "holdout"))
+
+
+@pytest.mark.parametrize("metric", ["retain_probability", "eval_trade_off", "eval_forget_loss", "forget_entropy"])
+def test_a_metric_of_the_protocol_or_of_an_evaluation_set_can_choose_the_best(tmp_path, metric):
+    trainer = make(tmp_path, eval_dataset={"forget": tiny_rows(6, 1)}, metric_for_best_model=metric, max_steps=2)
+    trainer.add_callback(EvaluationCallback(trainer, protocol("forget", "retain", "holdout")))
+    trainer.train()
+    assert math.isfinite(trainer.state.best_metric)
+
+
+def test_a_model_that_is_placed_later_is_checked_when_training_begins(tmp_path):
+    trainer = make(tmp_path, metric_for_best_model="eval_trade_off")
+    trainer.place_model_on_device = False
+    trainer.add_callback(EvaluationCallback(trainer, protocol("forget", "retain")))
+    with pytest.raises(UnlearningError, match="membership_auc_loss"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_broken_model_has_the_worst_trade_off(tmp_path):
+    trainer = make(tmp_path, **BEST_BY_TRADE_OFF)
+    trainer.add_callback(EvaluationCallback(trainer, protocol("forget", "retain", "holdout"), alpha=BREAKING_ALPHA))
+    trainer.train()
+    logs = logged(trainer)
+    assert [log["eval_trade_off"] for log in logs] == [0.0, 0.0, 0.0]
+    assert "eval_retain_probability" not in logs[0]
+
+
+def test_a_broken_model_is_never_the_best_by_another_metric(tmp_path):
+    trainer = make(tmp_path, **BEST_BY_TRADE_OFF | {"metric_for_best_model": "eval_retain_probability"})
+    trainer.add_callback(EvaluationCallback(trainer, protocol("forget", "retain", "holdout"), alpha=BREAKING_ALPHA))
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert trainer.state.best_model_checkpoint is None
+    assert math.isnan(trainer.evaluate()["eval_retain_probability"])
+
+
+def test_early_stopping_finds_the_trade_off(tmp_path):
+    trainer = make(tmp_path, callbacks=[EarlyStoppingCallback(1)], **BEST_BY_TRADE_OFF)
+    trainer.add_callback(EvaluationCallback(trainer, protocol("forget", "retain", "holdout"), alpha=BREAKING_ALPHA))
+    trainer.train()
+    assert [log["step"] for log in logged(trainer)] == [2, 4]  # 0 and again 0: no better
+    assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("sharded_by", ["ZeRO-3", "FSDP"])
+def test_answers_are_refused_with_sharded_weights(tmp_path, sharded_by):
+    trainer = make(tmp_path)
+    trainer.place_model_on_device = False
+    plugin = SimpleNamespace(zero_stage=3)
+    if sharded_by == "ZeRO-3":
+        trainer.is_deepspeed_enabled = True
+        state = SimpleNamespace(deepspeed_plugin=plugin)
+        trainer.accelerator = SimpleNamespace(state=state, unwrap_model=trainer.accelerator.unwrap_model)
+    else:
+        trainer.is_fsdp_enabled = True
+    sets = protocol("forget", "retain", "holdout")
+    with pytest.raises(UnlearningError, match="generate=True .*ZeRO-3 or FSDP"):
+        EvaluationCallback(trainer, sets, generate=True)
+    EvaluationCallback(trainer, sets)
+    if sharded_by == "ZeRO-3":
+        plugin.zero_stage = 2
+        EvaluationCallback(trainer, sets, generate=True)

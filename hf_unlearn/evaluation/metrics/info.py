@@ -31,8 +31,8 @@ def metric_info(description: str, **features: Any) -> evaluate.MetricInfo:
 
 
 def to_result(name: str, figure: Figure) -> dict[str, Any]:
-    """A figure as `evaluate` returns it: the value under the metric's name, `n`, and `low` and `high` of a mean."""
+    """A figure as `evaluate` returns it: the value under the metric's name, `n`, `low` and `high` of a mean, and `note` where there is none."""
     result = {name: figure.value, "n": figure.n}
     if figure.low is not None:
         result |= {"low": figure.low, "high": figure.high}
-    return result
+    return result if figure.value is not None else result | {"note": figure.note}

@@ -92,7 +92,8 @@ class Rouge(evaluate.Metric):
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, Any]:
         rows = [rouge(*pair) for pair in zip(references, predictions, strict=True)]
-        return to_result("rouge_l_recall", mean_figure([row.rouge_l_recall for row in rows])) | {
-            "rouge_1_recall": mean_figure([row.rouge_1_recall for row in rows]).value,
-            "rouge_l_f1": mean_figure([row.rouge_l_f1 for row in rows]).value,
-        }
+        result = to_result("rouge_l_recall", mean_figure([row.rouge_l_recall for row in rows]))
+        for name in ("rouge_1_recall", "rouge_l_f1"):
+            figure = mean_figure([getattr(row, name) for row in rows])
+            result |= {name: figure.value, f"{name}_low": figure.low, f"{name}_high": figure.high}
+        return result

@@ -52,6 +52,8 @@ class Protocol:
         sets (`dict[str, EvaluationSet]`): Its sets by name.
         figures (`Figures`): From the columns of an evaluation to its figures.
         utility (`str`): Name of the figure that says how much of the model is left, e.g. `"model_utility"`.
+        forgetting (`str`, *optional*, defaults to `"forget_probability"`): Name of a figure that falls as the model
+            forgets.
         benchmarks (`Callable`, *optional*): Further figures of a model and its tokenizer, e.g. accuracies of
             [`~hf_unlearn.evaluation.protocols.harness.run_harness`]. `figures` finds them in `evaluation.figures`.
     """
@@ -60,4 +62,5 @@ class Protocol:
     sets: dict[str, EvaluationSet]
     figures: Figures
     utility: str
+    forgetting: str = "forget_probability"
     benchmarks: Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Figure]] | None = None

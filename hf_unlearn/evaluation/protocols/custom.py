@@ -8,7 +8,7 @@ from hf_unlearn.data import to_prompt_completion
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.aggregates import question_figures
 from hf_unlearn.evaluation.protocols.base import EvaluationSet, Protocol
-from hf_unlearn.evaluation.protocols.tofu import with_system_prompt
+from hf_unlearn.evaluation.protocols.rows import with_system_prompt
 
 
 MEASURES = {
@@ -42,6 +42,10 @@ def custom_protocol(
             Longest sequence, in tokens.
         max_new_tokens (`int`, *optional*, defaults to `200`):
             Longest generated answer.
+
+    Raises:
+        [`~hf_unlearn.errors.UnlearningError`]: a missing or an unknown set, rows of no accepted shape, a system prompt
+            without a chat template.
     """
     for name in ("forget", "retain"):
         if name not in sets:

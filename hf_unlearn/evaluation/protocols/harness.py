@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.figures import Figure, not_computed
+from hf_unlearn.evaluation.protocols.rows import check_limit
 
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 
 TASKS = ("wmdp_bio", "wmdp_chem", "wmdp_cyber", "mmlu")
+CPU_BATCH_SIZE = 16
 
 _NORMAL_QUANTILE = 1.96  # of 95 %, two-sided
 
@@ -45,13 +47,20 @@ def run_harness(
             MMLU.
         limit (`int`, *optional*): Questions per task; a group of n tasks has n times as many. All if `None`.
         batch_size (`int` or `"auto"`, *optional*, defaults to `"auto"`): Questions per batch. `"auto"` starts from 64
-            and halves it when the accelerator's memory runs out; on a CPU, where nothing stops it, give a number.
+            and halves it when the accelerator's memory runs out; on a CPU, where nothing stops it, it is 16.
         include_path (`str` or `Path`, *optional*): Folder with further task definitions (YAML), e.g. over local files.
+
+    Raises:
+        [`~hf_unlearn.errors.UnlearningError`]: lm-evaluation-harness is missing or cannot run the tasks, or `limit` is
+            below 1.
 
     Returns:
         `dict[str, Figure]`: accuracy by name of the task, with an interval of 1.96 standard errors either way.
     """
-    lm_eval = _import_harness()
+    check_limit(limit)
+    lm_eval = import_harness()
+    if batch_size == "auto" and model.device.type == "cpu":
+        batch_size = CPU_BATCH_SIZE
     was_training = model.training
     try:
         results = lm_eval.simple_evaluate(
@@ -62,7 +71,7 @@ def run_harness(
             num_fewshot=num_fewshot,
             limit=limit,
             log_samples=False,
-            task_manager=lm_eval.tasks.TaskManager(include_path=include_path),
+            task_manager=lm_eval.tasks.TaskManager(include_path=include_path and Path(include_path).expanduser()),
         )
     except (KeyError, ValueError, OSError) as error:
         raise UnlearningError(
@@ -74,7 +83,8 @@ def run_harness(
     return {task: _accuracy(results, task, lm_eval.__version__) for task in tasks}
 
 
-def _import_harness() -> Any:
+def import_harness() -> Any:
+    """The package, which is imported where it is needed only; an [`UnlearningError`] says how to install it."""
     try:
         import lm_eval
         import lm_eval.models.huggingface

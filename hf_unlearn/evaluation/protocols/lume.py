@@ -20,7 +20,8 @@ from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.figures import Figure, mean_figure, not_computed
 from hf_unlearn.evaluation.metrics import rouge_l_recall
 from hf_unlearn.evaluation.protocols.base import EvaluationSet, Protocol
-from hf_unlearn.evaluation.protocols.muse import membership_figures, read_local, require_columns, score_answers
+from hf_unlearn.evaluation.protocols.figures import membership_figures, text_scores
+from hf_unlearn.evaluation.protocols.rows import check_limit, first_rows, read_local, require_columns
 from hf_unlearn.evaluation.results import Evaluation
 
 
@@ -59,9 +60,14 @@ def lume_protocol(
             SemEval-2025 task 4 on the Hub, which has to be asked for.
         split (`"train"` or `"validation"`, *optional*, defaults to `"validation"`): Split.
         limit (`int`, *optional*): Rows per set, the first ones; all of them if `None`.
+
+    Raises:
+        [`~hf_unlearn.errors.UnlearningError`]: an unknown split, a set that is missing, incomplete or of another shape,
+            a `limit` below 1.
     """
     if split not in get_args(Split):
         raise UnlearningError(f"split={split!r} is no split of LUME. Use one of: {', '.join(get_args(Split))}.")
+    check_limit(limit)
     folder = _download(split) if data_dir is None else Path(data_dir).expanduser()
     sets: dict[str, EvaluationSet] = {}
     for side in SIDES:
@@ -69,7 +75,7 @@ def lume_protocol(
     if (folder / "mia_data").is_dir():
         sets["forget"] = _membership_set(folder, "member", limit)
         sets["holdout"] = _membership_set(folder, "nonmember", limit)
-    return Protocol("lume", sets, lume_figures, utility="retain_score")
+    return Protocol("lume", sets, lume_figures, utility="retain_score", forgetting="forget_task2_regurgitation")
 
 
 # ---- Figures ----
@@ -89,8 +95,8 @@ def lume_figures(evaluation: Evaluation, retrained: Evaluation | None) -> dict[s
     """
     figures: dict[str, Figure] = {}
     for prefix in (f"{side}_{task}" for side in SIDES for task in TASKS):
-        recited = score_answers(evaluation, f"{prefix}_completion", rouge_l_recall)
-        known = score_answers(evaluation, f"{prefix}_question", _same)
+        recited = text_scores(evaluation, f"{prefix}_completion", rouge_l_recall)
+        known = text_scores(evaluation, f"{prefix}_question", _same)
         figures[f"{prefix}_regurgitation"] = _mean(recited, "ROUGE-L recall")
         figures[f"{prefix}_knowledge"] = _mean(known, "exact match, case and outer spaces aside")
     retain = {name: figure for name, figure in figures.items() if name.startswith("retain_")}
@@ -166,7 +172,7 @@ def _task_sets(folder: Path, side: str, split: Split, limit: int | None) -> dict
 def _membership_set(folder: Path, stem: str, limit: int | None) -> EvaluationSet:
     name = f"LUME {stem} documents"
     documents = require_columns(read_local(folder / "mia_data", [stem], name), ("document",), name)
-    texts = datasets.Dataset.from_dict({"text": documents["document"][:limit]})
+    texts = first_rows(documents.select_columns("document").rename_column("document", "text"), limit)
     return EvaluationSet(to_prompt_completion(texts, name=name, chat=False), ("membership",))
 
 

@@ -5,10 +5,7 @@ trained on it? For News (BBC articles) and Books (the Harry Potter series).
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,10 +13,11 @@ import datasets
 
 from hf_unlearn.data import load_rows, to_prompt_completion
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.evaluation.aggregates import question_figures
 from hf_unlearn.evaluation.figures import Figure, mean_figure, not_computed
 from hf_unlearn.evaluation.metrics import rouge
 from hf_unlearn.evaluation.protocols.base import EvaluationSet, Protocol
+from hf_unlearn.evaluation.protocols.figures import membership_figures, text_scores
+from hf_unlearn.evaluation.protocols.rows import first_rows, read_local, require_columns
 from hf_unlearn.evaluation.results import Evaluation
 
 
@@ -39,7 +37,6 @@ _COLUMNS = {
     "sust": ("text",),
 }
 _ANSWER_END = re.compile(r"\n\n|\nQuestion|Question:")
-_SUFFIXES = (".json", ".jsonl", ".parquet")
 
 
 def muse_protocol(corpus: Corpus, data_dir: str | Path | None = None, limit: int | None = None) -> Protocol:
@@ -66,6 +63,10 @@ def muse_protocol(corpus: Corpus, data_dir: str | Path | None = None, limit: int
             `<configuration>/<split>` as `.json` (rows, or an array of texts), `.jsonl` or `.parquet` (also in shards,
             `<split>-00000-of-00001.parquet`). Defaults to `muse-bench/MUSE-<corpus>` on the Hub.
         limit (`int`, *optional*): Rows per set, the first ones; all of them if `None`. Examples are never cut.
+
+    Raises:
+        [`~hf_unlearn.errors.UnlearningError`]: an unknown corpus, a set that is missing or of another shape, a `limit`
+            below 1.
     """
     _check_corpus(corpus)
     sets = {
@@ -81,7 +82,9 @@ def muse_protocol(corpus: Corpus, data_dir: str | Path | None = None, limit: int
             _read(corpus, data_dir, "privleak", split, limit), name=f"MUSE {split} texts", chat=False
         )
         sets[split] = EvaluationSet(rows, ("membership",), max_length=MAX_LENGTH)
-    return Protocol(f"muse-{corpus.lower()}", sets, muse_figures, utility="knowmem_retain")
+    return Protocol(
+        f"muse-{corpus.lower()}", sets, muse_figures, utility="knowmem_retain", forgetting="knowmem_forget"
+    )
 
 
 def muse_request(corpus: Corpus, kind: Request, number: int, data_dir: str | Path | None = None) -> datasets.Dataset:
@@ -122,9 +125,9 @@ def first_answer(text: str) -> str:
 
 def muse_figures(evaluation: Evaluation, retrained: Evaluation | None) -> dict[str, Figure]:
     """`verbmem`, `knowmem_forget`, `knowmem_retain`, `membership_auc_<attack>` and `privleak`."""
-    verbatim = score_answers(evaluation, "forget_verbatim", lambda *texts: rouge(*texts).rouge_l_f1)
+    verbatim = text_scores(evaluation, "forget_verbatim", lambda *texts: rouge(*texts).rouge_l_f1)
     knowledge = {
-        side: score_answers(
+        side: text_scores(
             evaluation, f"{side}_knowledge", lambda answer, text: rouge(answer, first_answer(text)).rouge_l_f1
         )
         for side in ("forget", "retain")
@@ -135,28 +138,6 @@ def muse_figures(evaluation: Evaluation, retrained: Evaluation | None) -> dict[s
         "knowmem_retain": _percent(knowledge["retain"], "the first answer generated"),
         "privleak": not_computed("the sets forget and holdout have no min-k scores"),
     } | membership_figures(evaluation, retrained)
-
-
-def score_answers(evaluation: Evaluation, name: str, score: Callable[[str, str], float]) -> list[float] | None:
-    """
-    Score of each generated answer of a set; `None` where it was not evaluated.
-
-    Args:
-        evaluation (`Evaluation`): Its `answers`, and the right ones in the column `ground_truth`.
-        name (`str`): Name of the set.
-        score (callable): From the right answer and the generated one to a score.
-    """
-    if name not in evaluation.answers:
-        return None
-    pairs = zip(evaluation.rows[name]["ground_truth"], evaluation.answers[name], strict=True)
-    return [score(right, answer) for right, answer in pairs]
-
-
-def membership_figures(evaluation: Evaluation, retrained: Evaluation | None) -> dict[str, Figure]:
-    """`membership_auc_<attack>` and `privleak`, as far as the sets `forget` and `holdout` have the scores."""
-    pair = {name: evaluation.rows[name] for name in ("forget", "holdout") if name in evaluation.rows}
-    figures = question_figures(replace(evaluation, rows=pair), retrained)
-    return {name: figure for name, figure in figures.items() if name.startswith(("membership_auc_", "privleak"))}
 
 
 def _percent(scores: list[float] | None, what: str) -> Figure:
@@ -199,53 +180,4 @@ def _read(
         rows = load_rows(f"muse-bench/MUSE-{corpus}", config=config, split=split, name=name)
     else:
         rows = read_local(data_dir, [f"{config}/{split}"], name)
-    rows = require_columns(rows, _COLUMNS[config], name)
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
-def read_local(folder: str | Path, stems: Sequence[str], name: str) -> datasets.Dataset:
-    """
-    Rows of a file of a benchmark in a local folder. An array of texts becomes the column `text`.
-
-    Args:
-        folder (`str` or `Path`): Folder of the benchmark.
-        stems (sequence of `str`): Paths in it where the file may be, without `.json`, `.jsonl`, `.parquet` or the
-            number of a Parquet shard. The first that exists is taken.
-        name (`str`): How errors call the set.
-    """
-    folder = Path(folder).expanduser()
-    for stem in stems:
-        for path in (folder / f"{stem}{suffix}" for suffix in _SUFFIXES):
-            if path.exists():
-                return load_rows(_texts(path) or path, name=name)
-        shards = sorted(folder.glob(f"{stem}-[0-9]*.parquet"))
-        if shards:
-            return datasets.concatenate_datasets([load_rows(shard, name=name) for shard in shards])
-    raise UnlearningError(
-        f"The {name} is not in {folder}: there is none of {', '.join(stems)} with the ending {', '.join(_SUFFIXES)}. "
-        "Check the folder."
-    )
-
-
-def require_columns(rows: datasets.Dataset, columns: Sequence[str], name: str) -> datasets.Dataset:
-    """The rows, if they have the columns that the benchmark has in this set."""
-    missing = [column for column in columns if column not in rows.column_names]
-    if missing:
-        raise UnlearningError(
-            f"The {name} has the columns {', '.join(rows.column_names)}, and none named {', '.join(missing)}. Use the "
-            "file of the benchmark as it is."
-        )
-    return rows
-
-
-def _texts(path: Path) -> list[dict[str, str]] | None:
-    """Rows of a JSON array of texts, which is how MUSE writes its corpora; `None` for any other file."""
-    if path.suffix != ".json":
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None  # JSON Lines, or broken: `load_rows` says which
-    if isinstance(content, list) and all(isinstance(text, str) for text in content):
-        return [{"text": text} for text in content]
-    return None
+    return first_rows(require_columns(rows, _COLUMNS[config], name), limit)

@@ -44,7 +44,7 @@ CASES = {  # file: inputs, expected values, other keys
     "rouge": (
         {"predictions": ["d c b a", "red"], "references": ["a b c d", "blue"]},
         {"rouge_l_recall": 0.125, "rouge_1_recall": 0.5, "rouge_l_f1": 0.125, "n": 2},
-        MEAN,
+        MEAN | {f"rouge_{name}_{bound}" for name in ("1_recall", "l_f1") for bound in ("low", "high")},
     ),
     "exact_match": (
         {"predictions": ["The cat.", "a dog"], "references": ["cat", "cat"]},

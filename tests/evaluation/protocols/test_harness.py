@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 
 from hf_unlearn import UnlearningError
+from hf_unlearn.evaluation.protocols import harness
 from hf_unlearn.evaluation.protocols.harness import TASKS, run_harness
 
 
@@ -126,6 +128,26 @@ def test_default_tasks_exist(lm_eval):
     from lm_eval.tasks import TaskManager
 
     assert set(TASKS) <= set(TaskManager().all_tasks)
+
+
+def test_automatic_batches_are_bounded_on_a_cpu(monkeypatch):
+    sizes = []
+    wrapper = SimpleNamespace(HFLM=lambda **options: sizes.append(options["batch_size"]))
+    package = SimpleNamespace(
+        __version__="0",
+        models=SimpleNamespace(huggingface=wrapper),
+        tasks=SimpleNamespace(TaskManager=lambda include_path: None),
+        simple_evaluate=lambda *args, **options: {"results": {}},
+    )
+    monkeypatch.setattr(harness, "import_harness", lambda: package)
+    for batch_size in ("auto", 4):
+        run_harness(tiny_llama(), tiny_tokenizer(), ["local_a"], batch_size=batch_size)
+    assert sizes == [16, 4]
+
+
+def test_a_limit_that_leaves_no_questions():
+    with pytest.raises(UnlearningError, match="limit=0 leaves no rows"):
+        run_harness(tiny_llama(), tiny_tokenizer(), limit=0)
 
 
 def test_missing_package(monkeypatch):

@@ -166,6 +166,11 @@ def test_limit(folder):
     assert {len(part.rows) for part in sets.values()} == {1}
 
 
+def test_a_limit_that_leaves_no_rows(folder):
+    with pytest.raises(UnlearningError, match="limit=0 leaves no rows"):
+        lume_protocol(folder, limit=0)
+
+
 def test_utility_is_a_figure(folder):
     protocol = lume_protocol(folder)
     assert protocol.utility in protocol.figures(evaluation(), None)

@@ -95,6 +95,11 @@ def test_limit_keeps_all_examples(folder):
     assert rows[0]["prompt"].count("Question: ") == 3
 
 
+def test_a_limit_that_leaves_no_rows(folder):
+    with pytest.raises(UnlearningError, match="limit=0 leaves no rows"):
+        muse_protocol("News", folder, limit=0)
+
+
 def test_layout_of_the_hub(folder):
     for stem, content in FILES.items():
         (folder / f"{stem}.json").unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 from tiny import tiny_llama, tiny_rows, tiny_tokenizer
 
@@ -12,7 +13,7 @@ from hf_unlearn import UnlearningError
 from hf_unlearn.evaluation import Evaluator, tofu_protocol
 
 
-TOFU = Path(__file__).parents[3] / "shared" / "data" / "tofu"
+TOFU = Path(__file__).parents[4] / "shared" / "data" / "tofu"
 needs_tofu = pytest.mark.skipif(not TOFU.is_dir(), reason="needs the TOFU sets")
 
 QUESTIONS = {"probability", "truth_ratio", "rouge", "refusal", "degenerate"}
@@ -89,10 +90,16 @@ def test_a_system_prompt(folder):
 
 def test_a_missing_file_is_named(folder):
     (folder / "retain_perturbed.json").unlink()
-    with pytest.raises(UnlearningError, match=r"retain set is missing.*no retain_perturbed\.json.*--data_dir"):
+    with pytest.raises(UnlearningError, match=r"retain set is not in .*none of retain_perturbed .*--data_dir"):
         tofu_protocol("forget05", chat=False, data_dir=folder)
-    with pytest.raises(UnlearningError, match=r"forget set is missing.*forget10_perturbed\.json"):
+    with pytest.raises(UnlearningError, match="forget set is not in .*forget10_perturbed"):
         tofu_protocol("forget10", chat=False, data_dir=folder)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_that_leaves_no_rows(folder, limit):
+    with pytest.raises(UnlearningError, match=f"limit={limit} leaves no rows"):
+        tofu_protocol("forget05", chat=False, data_dir=folder, limit=limit)
 
 
 def test_json_lines_will_do(folder):
@@ -100,6 +107,17 @@ def test_json_lines_will_do(folder):
     (folder / "holdout05.json").unlink()
     (folder / "holdout05.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert len(tofu_protocol("forget05", chat=False, data_dir=folder).sets["holdout"].rows) == 4
+
+
+def test_shards_in_the_home_folder(folder, monkeypatch):
+    rows = json.loads((folder / "holdout05.json").read_text())
+    (folder / "holdout05.json").unlink()
+    for shard in range(2):
+        part = datasets.Dataset.from_list(rows[2 * shard : 2 * shard + 2])
+        part.to_parquet(folder / f"holdout05-{shard:05}-of-00002.parquet")
+    monkeypatch.setenv("HOME", str(folder.parent))
+    protocol = tofu_protocol("forget05", chat=False, data_dir=f"~/{folder.name}")
+    assert len(protocol.sets["holdout"].rows) == 4
 
 
 def test_an_unknown_split():
