@@ -76,7 +76,7 @@ def read_log(path: str | Path) -> Evaluation:
 
 def find_log(path: str | Path) -> Path:
     """The file of a log that is named by its file or its folder."""
-    path = Path(path).resolve()
+    path = Path(path).expanduser().resolve()
     if path.is_file():
         return path
     if not path.is_dir():

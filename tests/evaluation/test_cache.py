@@ -148,7 +148,7 @@ class TestEvaluation:
 
         def interrupt(module, args, output):
             passes.append(args)
-            if len(passes) == 5:  # 3 batches of the forget set are scored, and one of their answers' first tokens
+            if len(passes) == 8:  # 3 batches of forget rows (prompts, then answers) and a first token of an answer
                 raise KeyboardInterrupt
 
         handle = model.model.embed_tokens.register_forward_hook(interrupt)
@@ -163,7 +163,7 @@ class TestEvaluation:
     def test_an_interruption_between_batches_of_a_set_keeps_those_done(self, tmp_path, computed):
         model, passes = tiny_llama(), []
         handle = model.model.embed_tokens.register_forward_hook(
-            lambda module, args, output: passes.append(args) if len(passes) < 2 else 1 / 0
+            lambda module, args, output: passes.append(args) if len(passes) < 4 else 1 / 0
         )
         with pytest.raises(ZeroDivisionError):
             self.run(tmp_path, model)
