@@ -23,7 +23,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 
 VOCABULARY_CHUNK = 32768
-MOMENTS_CHUNK = 512
+POSITIONS_CHUNK = 512
 
 
 class TokenScores(NamedTuple):
@@ -90,34 +90,30 @@ class LMHead:
             )
         return TokenScores(log_probs, is_top1)
 
-    def kl_from_reference(
-        self, hidden: torch.Tensor, reference_hidden: torch.Tensor, reference_head: LMHead | None = None
-    ) -> torch.Tensor:
+    def kl_from_reference(self, hidden: torch.Tensor, reference_hidden: torch.Tensor) -> torch.Tensor:
         """
         Forward divergence KL(p_ref ‖ p_θ) per token over the whole vocabulary, in nats and fp32, shape `(N,)`.
 
-        The gradient flows to `hidden` only.
+        The reference is the same model with its adapter off, so both sides share this head. The gradient flows to
+        `hidden` only.
 
         Args:
-            hidden (`torch.Tensor` of shape `(N, H)`): Hidden states of the model.
+            hidden (`torch.Tensor` of shape `(N, H)`): Hidden states of the model in training.
             reference_hidden (`torch.Tensor` of shape `(N, H)`): Hidden states of the reference, same positions.
-            reference_head (`LMHead`, *optional*): Head of the reference; this one if not given, as where the reference
-                is the same model with its adapter off.
         """
-        reference = reference_head or self
         divergence, _ = ChunkedDivergenceFunction.apply(
             hidden,
             self.weight,
             self.bias,
             reference_hidden,
-            reference.weight,
-            reference.bias,
+            self.weight,
+            self.bias,
             0.0,  # beta = 0: forward KL(reference ‖ model)
             1.0,  # temperature
             self.logit_scale,
             self.softcap,
-            reference.logit_scale,
-            reference.softcap,
+            self.logit_scale,
+            self.softcap,
         )
         return divergence
 
@@ -134,6 +130,26 @@ class LMHead:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     @torch.no_grad()
+    def measure_kl(self, hidden: torch.Tensor, reference_hidden: torch.Tensor, reference_head: LMHead) -> torch.Tensor:
+        """
+        KL(p_ref ‖ p_θ) per token as [`~LMHead.kl_from_reference`] defines it, without a gradient and against a reference
+        with a head of its own, in nats and fp32, shape `(N,)`.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(N, H)`): Hidden states of the model.
+            reference_hidden (`torch.Tensor` of shape `(N, H_ref)`): Hidden states of the reference, same positions.
+            reference_head (`LMHead`): Head of the reference.
+        """
+        divergences = [hidden.new_zeros(0, dtype=torch.float32)]
+        for chunk, reference_chunk in zip(
+            hidden.split(POSITIONS_CHUNK), reference_hidden.split(POSITIONS_CHUNK), strict=True
+        ):
+            reference = reference_head.logits(reference_chunk).log_softmax(-1)
+            difference = reference - self.logits(chunk).log_softmax(-1)
+            divergences.append((reference.exp() * difference).sum(-1))
+        return torch.cat(divergences)
+
+    @torch.no_grad()
     def log_prob_moments(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Mean and standard deviation of log p(v) under v ~ p, of each next-token distribution: what min-k++ measures a
@@ -143,7 +159,7 @@ class LMHead:
             hidden (`torch.Tensor` of shape `(N, H)`): Hidden states.
         """
         moments = []
-        for chunk in hidden.split(MOMENTS_CHUNK):
+        for chunk in hidden.split(POSITIONS_CHUNK):
             log_probs = self.logits(chunk).log_softmax(-1)
             probs = log_probs.exp()
             mean = (probs * log_probs).sum(-1)

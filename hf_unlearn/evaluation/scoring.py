@@ -216,7 +216,7 @@ def _score_batch(
         with reference() as reference_model:
             reference_lm = causal_lm_of(reference_model)
             reference_hidden = positions(reference_lm, batch, answers)
-            columns["kl"] = head.kl_from_reference(hidden, reference_hidden, LMHead.of(reference_lm)).float()
+            columns["kl"] = head.measure_kl(hidden, reference_hidden, LMHead.of(reference_lm))
     counts = [len(answer.rest) - answer.skipped for answer in answers]
     parts = {name: column.cpu().split(counts) for name, column in columns.items()}
     results: list[list[dict[str, np.ndarray]]] = [[] for _ in batch]
