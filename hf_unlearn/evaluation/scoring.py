@@ -68,7 +68,7 @@ class AnswerScores:
         mean, std (`np.ndarray` of shape `(n,)`, fp32, *optional*): Moments of the log-probabilities over the
             vocabulary at each position ([`LMHead.log_prob_moments`]), where they were asked for.
         kl (`np.ndarray` of shape `(n,)`, fp32, *optional*): KL(p_ref ‖ p_θ) at each position, in nats, where a
-            reference was given.
+            reference was given; of the first answer of a prompt only.
     """
 
     log_probs: np.ndarray
@@ -145,7 +145,7 @@ def score_answers(
         moments (`bool`, *optional*, defaults to `False`):
             Whether to take the moments over the vocabulary, for min-k++.
         reference (`Callable`, *optional*):
-            Gives a context in which the reference model is live, for the KL to it.
+            Gives a context in which the reference model is live, for the KL to it on the first answer of each prompt.
         progress (`str`, *optional*):
             Label of a progress bar; none is shown if not given.
         on_results (`Callable`, *optional*):
@@ -212,16 +212,22 @@ def _score_batch(
     columns = {"log_probs": log_probs, "is_top1": is_top1}
     if moments:
         columns["mean"], columns["std"] = head.log_prob_moments(hidden)
-    if reference is not None:
-        with reference() as reference_model:
-            reference_lm = causal_lm_of(reference_model)
-            reference_hidden = positions(reference_lm, batch, answers)
-            columns["kl"] = head.measure_kl(hidden, reference_hidden, LMHead.of(reference_lm))
     counts = [len(answer.rest) - answer.skipped for answer in answers]
     parts = {name: column.cpu().split(counts) for name, column in columns.items()}
     results: list[list[dict[str, np.ndarray]]] = [[] for _ in batch]
     for index, answer in enumerate(answers):
         results[answer.row].append({name: part[index].numpy().copy() for name, part in parts.items()})
+    if reference is not None:
+        firsts = [
+            next(index for index, answer in enumerate(answers) if answer.row == row) for row in range(len(batch))
+        ]
+        first_hidden = torch.cat([hidden.split(counts)[index] for index in firsts])
+        with reference() as reference_model:
+            reference_lm = causal_lm_of(reference_model)
+            reference_hidden = positions(reference_lm, batch, [answers[index] for index in firsts])
+            kl = head.measure_kl(first_hidden, reference_hidden, LMHead.of(reference_lm)).cpu()
+        for row, values in enumerate(kl.split([counts[index] for index in firsts])):
+            results[row][0]["kl"] = values.numpy().copy()
     return results
 
 
