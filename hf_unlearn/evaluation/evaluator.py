@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_unlearn.data.formats import Messages
 from hf_unlearn.data.tokenization import encode_prompt
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.batching import BatchSize
@@ -131,12 +133,13 @@ class Evaluator:
         with extrapolated(self.model, alpha) if alpha is not None else nullcontext():
             for name, prepared in self._sets.items():
                 columns: Columns = {"row": prepared.content.rows["row"][:], "ground_truth": prepared.references}
-                columns |= self._scored(alpha, name)
-                if generate:
-                    columns |= self._generated(alpha, name)
-                if generate and (alpha, name) in self._answers:
-                    evaluation.answers[name] = self._answers[alpha, name]
-                evaluation.rows[name] = columns
+                evaluation.rows[name] = columns | self._scored(alpha, name)
+            if generate:
+                self._generate(alpha)
+                for name in self._sets:
+                    if (alpha, name) in self._answers:
+                        evaluation.answers[name] = self._answers[alpha, name]
+                        evaluation.rows[name] |= self._columns[alpha, name, "generated"]
             if self.protocol.benchmarks is not None:
                 if alpha not in self._benchmarks:
                     self._benchmarks[alpha] = self.protocol.benchmarks(self.model, self.tokenizer)
@@ -170,7 +173,7 @@ class Evaluator:
                     batch_size=self.batch_size,
                     moments=moments,
                     reference=reference,
-                    progress=self._label(alpha, "scoring", name),
+                    progress=self._label(alpha, f"scoring {name.replace('_', ' ')}"),
                     on_results=on_results,
                 )
 
@@ -180,34 +183,42 @@ class Evaluator:
             )
         return self._columns[alpha, name, "scored"]
 
-    def _generated(self, alpha: float | None, name: str) -> Columns:
-        prepared = self._sets[name]
-        measures, max_new_tokens = prepared.measures, prepared.content.max_new_tokens
-        if not set(measures) & set(GENERATED):
-            return {}
-        if (alpha, name, "generated") not in self._columns:
-            prompts = prepared.content.rows["prompt"][:]
-            kwargs = self._chat_template_kwargs
-            ends = causal_lm_of(self.model).generation_config.eos_token_id
-            settings = ["answer", max_new_tokens, self.tokenizer.eos_token_id, ends]
-            keys = [self._key(alpha, *settings, encode_prompt(prompt, self.tokenizer, kwargs)) for prompt in prompts]
-
-            def compute(indices: list[int], on_results: Callable) -> list[str]:
-                return generate_answers(
-                    self.model,
-                    [prompts[index] for index in indices],
-                    self.tokenizer,
-                    max_new_tokens=max_new_tokens,
-                    batch_size=self.batch_size,
-                    chat_template_kwargs=kwargs,
-                    progress=self._label(alpha, "answering", name),
-                    on_results=on_results,
+    def _generate(self, alpha: float | None) -> None:
+        """Answer the prompts of all sets together, in full batches, where that is not done."""
+        wanted = [
+            name
+            for name, prepared in self._sets.items()
+            if set(prepared.measures) & set(GENERATED) and (alpha, name) not in self._answers
+        ]
+        for max_new_tokens in sorted({self._sets[name].content.max_new_tokens for name in wanted}):
+            names = [name for name in wanted if self._sets[name].content.max_new_tokens == max_new_tokens]
+            prompts = {name: self._sets[name].content.rows["prompt"][:] for name in names}
+            answers = iter(self._answered(alpha, [p for name in names for p in prompts[name]], max_new_tokens))
+            for name in names:
+                self._answers[alpha, name] = list(itertools.islice(answers, len(prompts[name])))
+                self._columns[alpha, name, "generated"] = generated_columns(
+                    self._sets[name].measures, self._sets[name].references, self._answers[alpha, name]
                 )
 
-            answers = self._cached(keys, compute, lambda answer: answer, lambda answer: answer)
-            self._answers[alpha, name] = answers
-            self._columns[alpha, name, "generated"] = generated_columns(measures, prepared.references, answers)
-        return self._columns[alpha, name, "generated"]
+    def _answered(self, alpha: float | None, prompts: list[str | Messages], max_new_tokens: int) -> list[str]:
+        kwargs = self._chat_template_kwargs
+        ends = causal_lm_of(self.model).generation_config.eos_token_id
+        settings = ["answer", max_new_tokens, self.tokenizer.eos_token_id, ends]
+        keys = [self._key(alpha, *settings, encode_prompt(prompt, self.tokenizer, kwargs)) for prompt in prompts]
+
+        def compute(indices: list[int], on_results: Callable) -> list[str]:
+            return generate_answers(
+                self.model,
+                [prompts[index] for index in indices],
+                self.tokenizer,
+                max_new_tokens=max_new_tokens,
+                batch_size=self.batch_size,
+                chat_template_kwargs=kwargs,
+                progress=self._label(alpha, "answering"),
+                on_results=on_results,
+            )
+
+        return self._cached(keys, compute, lambda answer: answer, lambda answer: answer)
 
     def _reference(self, alpha: float | None) -> Reference | None:
         """A context in which the model before unlearning is live."""
@@ -215,9 +226,9 @@ class Evaluator:
             return lambda: _in_eval_mode(self._reference_model)
         return (lambda: _at_reference(self.model)) if alpha is not None else None
 
-    def _label(self, alpha: float | None, doing: str, name: str) -> str | None:
+    def _label(self, alpha: float | None, doing: str) -> str | None:
         at = "" if alpha is None else f"α = {alpha:g}: "
-        return f"{at}{doing} {name.replace('_', ' ')} rows" if self.progress else None
+        return f"{at}{doing} rows" if self.progress else None
 
     def _key(self, alpha: float | None, *content: Any) -> str | None:
         return None if self._cache is None else content_key(self._model_key, alpha, *content)

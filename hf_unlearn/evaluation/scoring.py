@@ -66,7 +66,8 @@ class AnswerScores:
         num_ends (`int`): How many of the last tokens end the answer, which memorisation metrics leave out: EOS, or the
             end of a turn with the white space that the chat template writes after it.
         mean, std (`np.ndarray` of shape `(n,)`, fp32, *optional*): Moments of the log-probabilities over the
-            vocabulary at each position ([`LMHead.log_prob_moments`]), where they were asked for.
+            vocabulary at each position ([`LMHead.log_prob_moments`]), where they were asked for; of the first answer of
+            a prompt only.
         kl (`np.ndarray` of shape `(n,)`, fp32, *optional*): KL(p_ref ‖ p_θ) at each position, in nats, where a
             reference was given; of the first answer of a prompt only.
     """
@@ -143,7 +144,7 @@ def score_answers(
         batch_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
             Rows in a batch, or batches of up to 4096 padded tokens. It does not change the values.
         moments (`bool`, *optional*, defaults to `False`):
-            Whether to take the moments over the vocabulary, for min-k++.
+            Whether to take the moments over the vocabulary, for min-k++, on the first answer of each prompt.
         reference (`Callable`, *optional*):
             Gives a context in which the reference model is live, for the KL to it on the first answer of each prompt.
         progress (`str`, *optional*):
@@ -210,24 +211,25 @@ def _score_batch(
     targets = torch.tensor(tokens, dtype=torch.long)
     log_probs, is_top1 = head.score(hidden.float(), targets.to(hidden.device))  # logits in fp32 too
     columns = {"log_probs": log_probs, "is_top1": is_top1}
-    if moments:
-        columns["mean"], columns["std"] = head.log_prob_moments(hidden)
     counts = [len(answer.rest) - answer.skipped for answer in answers]
     parts = {name: column.cpu().split(counts) for name, column in columns.items()}
     results: list[list[dict[str, np.ndarray]]] = [[] for _ in batch]
     for index, answer in enumerate(answers):
         results[answer.row].append({name: part[index].numpy().copy() for name, part in parts.items()})
+    # What the first answer of each prompt is measured by besides.
+    firsts = [next(index for index, answer in enumerate(answers) if answer.row == row) for row in range(len(batch))]
+    first_hidden = torch.cat([hidden.split(counts)[index] for index in firsts])
+    columns = {}
+    if moments:
+        columns["mean"], columns["std"] = head.log_prob_moments(first_hidden)
     if reference is not None:
-        firsts = [
-            next(index for index, answer in enumerate(answers) if answer.row == row) for row in range(len(batch))
-        ]
-        first_hidden = torch.cat([hidden.split(counts)[index] for index in firsts])
         with reference() as reference_model:
             reference_lm = causal_lm_of(reference_model)
             reference_hidden = positions(reference_lm, batch, [answers[index] for index in firsts])
-            kl = head.measure_kl(first_hidden, reference_hidden, LMHead.of(reference_lm)).cpu()
-        for row, values in enumerate(kl.split([counts[index] for index in firsts])):
-            results[row][0]["kl"] = values.numpy().copy()
+            columns["kl"] = head.measure_kl(first_hidden, reference_hidden, LMHead.of(reference_lm))
+    for name, column in columns.items():
+        for row, values in enumerate(column.cpu().split([counts[index] for index in firsts])):
+            results[row][0][name] = values.numpy().copy()
     return results
 
 
