@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,15 @@ class LMHead:
         config = model.config.get_text_config()
         return cls(weight, bias, _logit_scale(config), getattr(config, "final_logit_softcapping", None))
 
+    def copy(self) -> LMHead:
+        """A head with weights of its own, which stay whole when those of the model are sharded again."""
+        bias = self.bias.detach().clone() if self.bias is not None else None
+        return replace(self, weight=self.weight.detach().clone(), bias=bias)
+
+    def _gathered(self) -> AbstractContextManager:
+        """A context in which the weights are whole, where they are a model's own and ZeRO-3 shards them."""
+        return maybe_gather_lm_head_ctx(*(p for p in (self.weight, self.bias) if hasattr(p, "ds_status")))
+
     def score(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> TokenScores:
         """
         Score target tokens under softmax(logits / `temperature`).
@@ -76,7 +86,7 @@ class LMHead:
             targets (`torch.Tensor` of shape `(N,)`): Target token ids.
             temperature (`float`, *optional*, defaults to `1.0`): Temperature that divides the logits.
         """
-        with maybe_gather_lm_head_ctx(self.weight, self.bias):
+        with self._gathered():
             log_probs, _, _, _, is_top1 = ChunkedLogProbFunction.apply(
                 hidden,
                 self.weight,
@@ -120,7 +130,7 @@ class LMHead:
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of shape `(N, V)` in fp32, also where the model computes in bf16. For few positions at a time."""
-        with maybe_gather_lm_head_ctx(self.weight, self.bias):
+        with self._gathered():
             if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
                 logits = torch.mm(hidden, self.weight.to(hidden.dtype).T, out_dtype=torch.float32)
             else:

@@ -39,7 +39,7 @@ def npo_memorization(
             that the sum over tokens is the sum over rows.
         beta (`float`): Inverse temperature β.
     """
-    num_rows = int(rows.max()) + 1
+    num_rows = int(rows.max()) + 1 if len(rows) else 0  # a process may get rows that only fill its batch
     ratio = torch.zeros(num_rows, device=log_probs.device).index_add(0, rows, log_probs - reference_log_probs)
     row_loss = (2 / beta) * F.logsigmoid(-beta * ratio)
     length = torch.bincount(rows, minlength=num_rows)

@@ -14,7 +14,13 @@ import datasets
 import yaml
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 from trl import TrlParser
 
@@ -22,6 +28,7 @@ from hf_unlearn.data import drop_untrainable, encode_set, load_rows
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.batching import process_state
 from hf_unlearn.extrapolation import LoraAdapter, SafetensorsCheckpoint, resolve_model, verify_fingerprint_files
+from hf_unlearn.quantisation import use_training_kernels
 
 
 console = Console(soft_wrap=True)
@@ -177,12 +184,16 @@ def verified_checkpoint(base: str, adapter: LoraAdapter, check_base: bool = True
 
 
 def load_with_adapter(
-    base: str, adapter: LoraAdapter, dtype: str, check_base: bool = True
+    base: str,
+    adapter: LoraAdapter,
+    dtype: str,
+    check_base: bool = True,
+    quantization_config: BitsAndBytesConfig | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Load a base model with its adapter, live, and the tokenizer."""
     folder = verified_checkpoint(base, adapter, check_base).folder
     tokenizer = load_tokenizer(folder)
-    model = PeftModel.from_pretrained(load_causal_lm(folder, dtype), adapter.folder)
+    model = PeftModel.from_pretrained(load_causal_lm(folder, dtype, quantization_config), adapter.folder)
     return model.eval(), tokenizer
 
 
@@ -203,10 +214,11 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrained
         ) from error
 
 
-def load_causal_lm(folder: Path, dtype: str) -> PreTrainedModel:
-    """Load a model onto the device of this process."""
+def load_causal_lm(folder: Path, dtype: str, quantization_config: BitsAndBytesConfig | None = None) -> PreTrainedModel:
+    """Load a model onto the device of this process, quantised if asked."""
     with quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization_config)
+    use_training_kernels(model)
     return model.to(process_state().device).eval()
 
 

@@ -63,7 +63,6 @@ class EvalArguments(ProtocolArguments):
         log (`str`, *optional*): Log to recompute.
         reference_model (`str`, *optional*): Model before unlearning, for the KL to it.
         output_dir (`str`): Folder to write.
-        dtype (`str`, *optional*, defaults to `"float32"`): Dtype the model is loaded in.
         check_base (`bool`, *optional*, defaults to `True`): Whether to refuse another base than the recorded one.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing folder.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to check and plan only.
@@ -89,10 +88,6 @@ class EvalArguments(ProtocolArguments):
         metadata={"help": "Model before unlearning, for the KL to it. An adapter needs none: it is α = 0."},
     )
     output_dir: str | None = field(default=None, metadata={"help": "Folder to write; it appears once it is whole."})
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Dtype the model is loaded in.", "choices": ["float32", "bfloat16", "float16"]},
-    )
     check_base: bool = field(
         default=True, metadata={"help": "Refuse a base other than the one the adapter was trained on."}
     )
@@ -175,17 +170,19 @@ def _from_log(arguments: EvalArguments) -> tuple[Protocol, list[Evaluation], Eva
 
 
 def _load(arguments: EvalArguments, output_dir: Path) -> Evaluator:
+    quantization = arguments.quantization_config
     reference = None
     if arguments.reference_model is not None:
-        reference = load_causal_lm(resolve_model(arguments.reference_model), arguments.dtype)
+        folder = resolve_model(arguments.reference_model)
+        reference = load_causal_lm(folder, arguments.dtype, quantization)
     if arguments.adapter is None:
         folder = resolve_model(arguments.model)
         tokenizer = load_tokenizer(folder)
-        model = load_causal_lm(folder, arguments.dtype)
+        model = load_causal_lm(folder, arguments.dtype, quantization)
     else:
         adapter = LoraAdapter.load(arguments.adapter)
         base = base_of(adapter, arguments.base)
-        model, tokenizer = load_with_adapter(base, adapter, arguments.dtype, arguments.check_base)
+        model, tokenizer = load_with_adapter(base, adapter, arguments.dtype, arguments.check_base, quantization)
     return arguments.make_evaluator(model, tokenizer, output_dir, reference)
 
 

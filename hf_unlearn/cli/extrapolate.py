@@ -8,15 +8,16 @@ from pathlib import Path
 from rich.table import Table
 
 from hf_unlearn.cli import EXIT_OK
-from hf_unlearn.cli.common import CommandParser, base_of, console, refuse_existing
+from hf_unlearn.cli.common import CommandParser, base_of, console, refuse_existing, refuse_idle
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.extrapolation import LoraAdapter, extrapolate, plan_merge, save_forget_adapter
+from hf_unlearn.extrapolation import LoraAdapter, MergePlan, extrapolate, plan_merge, save_forget_adapter
 from hf_unlearn.extrapolation.arithmetic import check_alpha
 
 
 DESCRIPTION = """\
-Write θ_for = θ_ref − α·ΔW from a base model and a memorising adapter: as a whole model, streamed tensor by tensor so
-that the model never is in memory, or as a plain LoRA adapter that PEFT loads without this package."""
+Write θ_for = θ_ref − α·ΔW from a base model and a memorising adapter: as a whole model, streamed in pieces so that the
+model never is in memory, or as a plain LoRA adapter that PEFT loads without this package. A base on the Hub is
+downloaded one weights file at a time, after everything has been checked."""
 
 EXAMPLE = """\
   hf-unlearn extrapolate --adapter run --alpha 2 --output_dir forget-model --dtype bfloat16
@@ -38,6 +39,7 @@ class ExtrapolateArguments:
         dtype (`str`, *optional*): Dtype of the model.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing folder.
         check_base (`bool`, *optional*, defaults to `True`): Whether to refuse another base than the recorded one.
+        delete_cache (`bool`, *optional*, defaults to `False`): Whether to keep downloads only until they are merged.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to check and plan only.
     """
 
@@ -64,7 +66,17 @@ class ExtrapolateArguments:
     check_base: bool = field(
         default=True, metadata={"help": "Refuse a base other than the one the adapter was trained on."}
     )
-    dry_run: bool = field(default=False, metadata={"help": "Check everything, print what would be written."})
+    delete_cache: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep weights files of a Hub base that are not in the cache yet only until they are merged: the disk "
+            "needs room for the result and one of them."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Check everything, print what would be downloaded and written, and what it needs."},
+    )
 
 
 def run(argv: list[str]) -> int:
@@ -84,6 +96,7 @@ def _write_adapter(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> int
     check_alpha(arguments.alpha)
     if arguments.dtype:
         raise UnlearningError("--dtype is for --format model; a forget adapter keeps the dtype of its adapter.")
+    refuse_idle(arguments, ["delete_cache"], "with --format adapter, which needs no base")
     if arguments.dry_run:
         size = (adapter.folder / "adapter_model.safetensors").stat().st_size
         console.print(
@@ -103,6 +116,7 @@ def _write_model(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> int:
         "revision": arguments.base_revision,
         "dtype": arguments.dtype,
         "check_base": arguments.check_base,
+        "delete_cache": arguments.delete_cache,
     }
     if arguments.dry_run:
         plan = plan_merge(base, adapter, arguments.alpha, arguments.output_dir, **options)
@@ -110,9 +124,7 @@ def _write_model(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> int:
         for name, size in plan.files.items():
             table.add_row(name, f"{size:,}")
         console.print(table)
-        console.print(
-            f"{len(plan.adapted)} tensors change. Peak memory about {plan.peak_memory / 1e6:.0f} MB besides Python."
-        )
+        console.print(_needs(plan))
         return EXIT_OK
     report = extrapolate(
         base, adapter, arguments.alpha, arguments.output_dir, overwrite=arguments.overwrite, **options
@@ -123,3 +135,15 @@ def _write_model(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> int:
         f"(worst {report.worst_error:.2e} in {report.worst_tensor})."
     )
     return EXIT_OK
+
+
+def _needs(plan: MergePlan) -> str:
+    """What the merge would change, download and take."""
+    space = "; ".join(f"{needed / 1e6:,.1f} MB in {folder}" for folder, needed in plan.needed_space().items())
+    return (
+        f"{len(plan.adapted)} tensors change.\n"
+        f"Download: {plan.download_bytes / 1e6:,.1f} MB in {len(plan.downloads)} files. "
+        f"Result: {plan.total_bytes / 1e6:,.1f} MB.\n"
+        f"Disk space needed: {space}.\n"
+        f"Peak memory: about {plan.peak_memory / 1e6:,.0f} MB besides Python and its libraries."
+    )

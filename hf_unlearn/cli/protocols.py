@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_unlearn.cli.common import EvaluationDataArguments, console, refuse_idle
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation import Evaluation, Evaluator, Protocol, ResultCache, read_log
-from hf_unlearn.evaluation.batching import BatchSize, process_state
+from hf_unlearn.evaluation.batching import BatchSize, parse_batch_size, process_state
 from hf_unlearn.evaluation.preparation import prepare_sets
 from hf_unlearn.evaluation.protocols import (
     custom_protocol,
@@ -23,6 +23,7 @@ from hf_unlearn.evaluation.protocols import (
 )
 from hf_unlearn.evaluation.protocols.harness import import_harness, run_harness
 from hf_unlearn.evaluation.protocols.rows import first_rows
+from hf_unlearn.quantisation import require_bitsandbytes
 
 
 PROTOCOLS = ("custom", "tofu", "muse", "lume", "wmdp")
@@ -61,6 +62,11 @@ class ProtocolArguments(EvaluationDataArguments):
         batch_size (`str`, *optional*, defaults to `"auto"`): Rows in a batch.
         cache_dir (`str`, *optional*): Where results are kept.
         no_cache (`bool`, *optional*, defaults to `False`): Whether to keep none.
+        dtype (`str`, *optional*, defaults to `"float32"`): Dtype the model is loaded in.
+        load_in_4bit (`bool`, *optional*, defaults to `False`): Whether to quantise the model to 4 bits.
+        load_in_8bit (`bool`, *optional*, defaults to `False`): Whether to quantise it to 8 bits.
+        bnb_4bit_quant_type (`str`, *optional*, defaults to `"nf4"`): Data type of the 4 bits.
+        use_bnb_nested_quant (`bool`, *optional*, defaults to `False`): Whether to quantise their scales too.
 
     Raises:
         [`~hf_unlearn.errors.UnlearningError`]: a value that cannot be used, or an option without effect.
@@ -115,6 +121,20 @@ class ProtocolArguments(EvaluationDataArguments):
         metadata={"help": "Where results are kept so that an interrupted run goes on; <output_dir>.cache by default."},
     )
     no_cache: bool = field(default=False, metadata={"help": "Keep no results: an interrupted run starts anew."})
+    dtype: str = field(
+        default="float32",
+        metadata={"help": "Dtype the model is loaded in.", "choices": ["float32", "bfloat16", "float16"]},
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantise the model to 4 bits as it is loaded; needs bitsandbytes."}
+    )
+    load_in_8bit: bool = field(default=False, metadata={"help": "The same with 8 bits."})
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Data type of the 4 bits.", "choices": ["fp4", "nf4"]}
+    )
+    use_bnb_nested_quant: bool = field(
+        default=False, metadata={"help": "Quantise the scales of the 4-bit weights too (double quantisation)."}
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.chat_template_kwargs, str):
@@ -122,10 +142,15 @@ class ProtocolArguments(EvaluationDataArguments):
                 self.chat_template_kwargs = json.loads(self.chat_template_kwargs)
             except ValueError as error:
                 raise UnlearningError(f"--chat_template_kwargs is not JSON: {error}.") from error
-        if self.batch_size != "auto" and not (str(self.batch_size).isdigit() and int(self.batch_size)):
-            raise UnlearningError(f"--batch_size {self.batch_size} is neither `auto` nor a number above 0.")
+        parse_batch_size(self.batch_size, "--batch_size")
         if self.no_cache:
             refuse_idle(self, ["cache_dir"], "with --no_cache")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise UnlearningError("--load_in_4bit and --load_in_8bit exclude each other. Leave one out.")
+        if not self.load_in_4bit:
+            refuse_idle(self, ["bnb_4bit_quant_type", "use_bnb_nested_quant"], "without --load_in_4bit")
+        if self.load_in_4bit or self.load_in_8bit:
+            require_bitsandbytes()
         for protocols, options in OF_PROTOCOLS.items():
             if self.protocol not in protocols:
                 refuse_idle(self, options, f"under --protocol {self.protocol}, only under {', '.join(protocols)}")
@@ -133,7 +158,19 @@ class ProtocolArguments(EvaluationDataArguments):
     @property
     def rows_per_batch(self) -> BatchSize:
         """The batch size as the evaluator takes it."""
-        return "auto" if self.batch_size == "auto" else int(self.batch_size)
+        return parse_batch_size(self.batch_size, "--batch_size")
+
+    @property
+    def quantization_config(self) -> BitsAndBytesConfig | None:
+        """How the model is quantised as it is loaded, if it is."""
+        if self.load_in_4bit:
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_compute_dtype=self.dtype,
+                bnb_4bit_quant_type=self.bnb_4bit_quant_type,
+                bnb_4bit_use_double_quant=self.use_bnb_nested_quant,
+            )
+        return BitsAndBytesConfig(load_in_8bit=True) if self.load_in_8bit else None
 
     def load_protocol(self, chat: bool) -> Protocol:
         """

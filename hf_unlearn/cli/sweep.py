@@ -62,7 +62,6 @@ class SweepArguments(ProtocolArguments):
         auc_tolerance (`float`, *optional*, defaults to `0.1`): Tolerance of `match-holdout`.
         refinements (`int`, *optional*, defaults to `4`): Bisection steps after the grid.
         no_generation (`bool`, *optional*, defaults to `False`): Whether to leave generated answers out.
-        dtype (`str`, *optional*, defaults to `"float32"`): Dtype the model is loaded in.
         check_base (`bool`, *optional*, defaults to `True`): Whether to refuse another base than the recorded one.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing folder.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to check and plan only.
@@ -97,10 +96,6 @@ class SweepArguments(ProtocolArguments):
     no_generation: bool = field(
         default=False, metadata={"help": "Generate answers only where the utility needs them: faster."}
     )
-    dtype: str = field(
-        default="float32",
-        metadata={"help": "Dtype the base model is loaded in.", "choices": ["float32", "bfloat16", "float16"]},
-    )
     check_base: bool = field(
         default=True, metadata={"help": "Refuse a base other than the one the adapter was trained on."}
     )
@@ -125,7 +120,9 @@ def run(argv: list[str]) -> int:
         console.print(_plan(arguments, base, adapter, alphas))
         return EXIT_OK
 
-    model, tokenizer = load_with_adapter(base, adapter, arguments.dtype, arguments.check_base)
+    model, tokenizer = load_with_adapter(
+        base, adapter, arguments.dtype, arguments.check_base, arguments.quantization_config
+    )
     evaluator = arguments.make_evaluator(model, tokenizer, output_dir)
     choice = choose_alpha(
         evaluator,
@@ -162,9 +159,11 @@ def _plan(arguments: SweepArguments, base: str, adapter: LoraAdapter, alphas: li
     protocol = arguments.check_protocol(load_tokenizer(checkpoint.folder))
     parameters = sum(checkpoint.info(name).numel for name in checkpoint.names())
     weights = parameters * getattr(torch, arguments.dtype).itemsize
+    quantised = " before they are quantised" if arguments.quantization_config is not None else ""
     files = ", ".join(f"{arguments.output_dir}/{name}" for name in (*OUTPUTS, "choice.json"))
     return (
         f"Would evaluate {base} with {adapter.id} at α = 0 and {alphas} under {describe_rows(protocol)}, then "
-        f"choose by bisection.\nmemory: about {weights / 1e9:.2f} GB for the weights, besides Python and its libraries\n"
+        f"choose by bisection.\nmemory: about {weights / 1e9:.2f} GB for the weights{quantised}, besides Python and its "
+        f"libraries\n"
         f"writes: {files}"
     )

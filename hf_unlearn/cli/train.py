@@ -13,18 +13,21 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_quantization_config
 
 from hf_unlearn.cli import EXIT_INTERRUPTED, EXIT_OK
 from hf_unlearn.cli.common import CommandParser, EvaluationDataArguments, console, load_tokenizer, refuse_idle, stderr
-from hf_unlearn.data import DataReport, check_sets, encode_set, raise_for_untrainable
+from hf_unlearn.data import DataReport, check_sets, drop_untrainable, encode_set, raise_for_untrainable
+from hf_unlearn.data.pairing import PairedDataset
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation import custom_protocol
+from hf_unlearn.evaluation.batching import parse_batch_size
 from hf_unlearn.extrapolation import check_lora_config
 from hf_unlearn.trainer import EvaluationCallback, ExtrapolationConfig, ExtrapolationTrainer
-from hf_unlearn.trainer.memory import estimate_memory
+from hf_unlearn.trainer.memory import Launch, MemoryEstimate, estimate_memory
+from hf_unlearn.trainer.reference_cache import free_disk, plan_cache
 
 
 LAUNCHED = "HF_UNLEARN_LAUNCHED"  # set in the processes that `accelerate launch` starts
@@ -48,6 +51,8 @@ SHOWN = {
     "attn_implementation",
     "load_in_4bit",
     "load_in_8bit",
+    "bnb_4bit_quant_type",
+    "use_bnb_nested_quant",
     "lora_r",
     "lora_alpha",
     "use_rslora",
@@ -78,6 +83,7 @@ class TrainArguments(EvaluationDataArguments):
     Args:
         accelerate_config (`str`, *optional*): Configuration of `accelerate launch`.
         eval_alpha (`float`, *optional*, defaults to `1.0`): α of the evaluations during training.
+        eval_batch_size (`str`, *optional*, defaults to `"auto"`): Rows in their batches.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to check and plan only.
         resume (`bool`, *optional*, defaults to `False`): Whether to go on from the last checkpoint.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace the adapter of an earlier run.
@@ -95,6 +101,9 @@ class TrainArguments(EvaluationDataArguments):
         metadata={
             "help": "α at which the forget, retain and hold-out rows are evaluated during training, with --eval_strategy."
         },
+    )
+    eval_batch_size: str = field(
+        default="auto", metadata={"help": "Rows in a batch of these evaluations, or `auto`. It changes no value."}
     )
     dry_run: bool = field(
         default=False,
@@ -152,7 +161,7 @@ def run(argv: list[str]) -> int:
     if arguments.dry_run:
         return _dry_run(arguments, config, model, tokenizer)
     if arguments.accelerate_config and LAUNCHED not in os.environ:
-        _check_data(arguments, config, tokenizer)  # bad rows are named once, not by every process
+        _checked_data(arguments, config, tokenizer)  # bad rows are named once, not by every process
         return _launch(arguments.accelerate_config, argv)
 
     interrupt = _Interrupt()
@@ -192,8 +201,13 @@ def _check_arguments(arguments: TrainArguments, config: ExtrapolationConfig, mod
     if config.output_dir is None:
         raise UnlearningError("--output_dir is required: where the adapter and its checkpoints go.")
     if config.eval_strategy == "no":
-        options = ("holdout_dataset", "holdout_config", "holdout_split", "eval_alpha")
+        options = ("holdout_dataset", "holdout_config", "holdout_split", "eval_alpha", "eval_batch_size")
         refuse_idle(arguments, options, "without --eval_strategy")
+    parse_batch_size(arguments.eval_batch_size, "--eval_batch_size")
+    if model.load_in_4bit and model.dtype == "auto":
+        raise UnlearningError(
+            "--dtype auto does not say in which dtype --load_in_4bit computes. Name float32, bfloat16 or float16."
+        )
     folder = Path(config.output_dir)
     checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
     if arguments.resume and checkpoint is None:
@@ -226,21 +240,15 @@ def _evaluation_callback(arguments: TrainArguments, trainer: ExtrapolationTraine
     protocol = custom_protocol(
         {name: rows for name, rows in sets.items() if rows is not None}, chat=chat, max_length=max_length
     )
-    return EvaluationCallback(trainer, protocol, arguments.eval_alpha)
+    batch_size = parse_batch_size(arguments.eval_batch_size, "--eval_batch_size")
+    return EvaluationCallback(trainer, protocol, arguments.eval_alpha, batch_size=batch_size)
 
 
 def _launch(accelerate_config: str, argv: list[str]) -> int:
     """Run this command again in the processes that `accelerate launch` starts."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    path = Path(accelerate_config)
-    if not path.is_file():
-        path = importlib.resources.files("trl.accelerate_configs") / f"{accelerate_config}.yaml"
-        if not path.is_file():
-            raise UnlearningError(
-                f"--accelerate_config {accelerate_config}: neither a file nor a configuration that TRL ships."
-            )
-    options = ["--config_file", str(path), "--module", "hf_unlearn.cli", "train", *argv]
+    options = ["--config_file", str(_config_file(accelerate_config)), "--module", "hf_unlearn.cli", "train", *argv]
     os.environ[LAUNCHED] = "1"
     try:
         launch_command(launch_command_parser().parse_args(options))
@@ -249,6 +257,20 @@ def _launch(accelerate_config: str, argv: list[str]) -> int:
     finally:
         del os.environ[LAUNCHED]
     return EXIT_OK
+
+
+def _config_file(accelerate_config: str) -> Path:
+    """A file as it is given, or one of those that TRL ships."""
+    path = Path(accelerate_config)
+    if path.is_file():
+        return path
+    path = Path(str(importlib.resources.files("trl.accelerate_configs"))) / f"{accelerate_config}.yaml"
+    if path.is_file():
+        return path
+    raise UnlearningError(
+        f"--accelerate_config {accelerate_config}: neither a file nor a configuration that TRL ships. Pass the path of a "
+        "YAML file, e.g. recipes/accelerate/ddp.yaml."
+    )
 
 
 class _Interrupt(TrainerCallback):
@@ -283,17 +305,17 @@ def _dry_run(
     model: LoraModelConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> int:
-    report = _check_data(arguments, config, tokenizer)
+    report, pairs = _checked_data(arguments, config, tokenizer)
     console.print(report.render())
     for warning in report.warnings():
         console.print(f"[yellow]warning:[/yellow] {warning}")
-    console.print(_plan(arguments, config, model, report))
+    console.print(_plan(arguments, config, model, report, pairs))
     return EXIT_OK
 
 
-def _check_data(
+def _checked_data(
     arguments: TrainArguments, config: ExtrapolationConfig, tokenizer: PreTrainedTokenizerBase
-) -> DataReport:
+) -> tuple[DataReport, PairedDataset]:
     sets = {"forget": arguments.load_required("forget")}
     if config.retain_kl_weight > 0:
         sets["retain"] = arguments.load_required("retain")
@@ -302,35 +324,78 @@ def _check_data(
     }
     report = check_sets(tokenized["forget"], tokenized.get("retain"), max_length=config.max_length)
     raise_for_untrainable(report)
-    return report
+    retain = drop_untrainable(tokenized["retain"]) if "retain" in tokenized else tokenized["forget"].select([])
+    pairs = PairedDataset(tokenized["forget"], retain, config.retain_per_forget if len(retain) else 0, config.seed)
+    return report, pairs
 
 
-def _plan(arguments: TrainArguments, config: ExtrapolationConfig, model: LoraModelConfig, report: DataReport) -> str:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+def _plan(
+    arguments: TrainArguments,
+    config: ExtrapolationConfig,
+    model: LoraModelConfig,
+    report: DataReport,
+    pairs: PairedDataset,
+) -> str:
+    launch = _planned_launch(arguments, config)
     batch = config.per_device_train_batch_size
-    steps_an_epoch = math.ceil(report.forget.rows / (batch * config.gradient_accumulation_steps * processes))
+    forget_rows_a_step = batch * config.gradient_accumulation_steps * launch.processes
+    steps_an_epoch = math.ceil(report.forget.rows / forget_rows_a_step)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.num_train_epochs)
     retain_rows = config.retain_per_forget if report.retain else 0
-    longest = max(report.forget.longest, report.retain.longest if report.retain else 0)
-    memory = estimate_memory(
-        AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision),
-        model.lora_config(),
-        rows=min(batch, report.forget.rows) * (1 + retain_rows),
-        length=longest,
-        dtype=torch.bfloat16 if config.bf16 else getattr(torch, model.dtype or "float32", torch.float32),
-        gradient_checkpointing=config.gradient_checkpointing,
-    )
+    base = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+    memory = _planned_memory(base, config, model, report, launch)
     lines = {
         "model": f"{model.model_name_or_path}, {memory.base_parameters:,} parameters",
         "adapter": f"LoRA rank {model.lora_r}, {memory.adapter_parameters:,} parameters",
         "steps": f"{steps} ({steps_an_epoch} an epoch)",
-        "rows a step": f"{batch * config.gradient_accumulation_steps * processes} forget, "
-        f"{retain_rows * batch * config.gradient_accumulation_steps * processes} retain",
-        "memory a process": f"about {memory.total / 1e9:.2f} GB (weights {memory.weights / 1e9:.2f}, adapter and "
-        f"optimizer {memory.adapter / 1e9:.2f}, activations {memory.activations / 1e9:.2f}, LM head "
-        f"{memory.head / 1e9:.2f}), besides Python and its libraries",
+        "rows a step": f"{forget_rows_a_step} forget, {retain_rows * forget_rows_a_step} retain",
+        "launch": f"{launch.describe()} ({arguments.accelerate_config or 'this command'})",
+        "memory a process": f"about {memory.describe()}, besides Python and its libraries",
+        "reference cache": _planned_cache(config, pairs, steps / steps_an_epoch, base.get_text_config().hidden_size),
         "writes": f"{config.output_dir}/adapter_model.safetensors ({memory.adapter_parameters * 4 / 1e6:.1f} MB), "
         "adapter_config.json, unlearning.json, tokenizer, trainer_state.json, checkpoint-*",
-        "launch": arguments.accelerate_config or "this process",
     }
     return "\n".join(f"{label + ':':<18}{value}" for label, value in lines.items())
+
+
+def _planned_cache(config: ExtrapolationConfig, pairs: PairedDataset, epochs: float, hidden_size: int) -> str:
+    """Whether a run on one machine would use the reference cache, and the size of its file."""
+    sets = ["retain"] * (config.retain_kl_weight > 0) + ["forget"] * (config.memorization_loss == "npo")
+    if not sets:
+        return "none, as nothing is asked of the reference"
+    plan = plan_cache(pairs, sets, epochs, hidden_size)
+    uses = config.reference_cache
+    if uses is None:
+        uses = plan.pays(free_disk(config.output_dir))
+    met = f"{plan.num_rows:,} rows, each met {plan.passes / plan.num_rows:.1f} times"
+    size = f"at most {plan.num_bytes / 1e6:,.1f} MB in {config.output_dir} during the run"
+    return f"{met}: {size}" if uses else f"off ({met}; it would take {size})"
+
+
+def _planned_launch(arguments: TrainArguments, config: ExtrapolationConfig) -> Launch:
+    """How the run would be spread over processes."""
+    if arguments.accelerate_config is not None:
+        return Launch.from_accelerate_config(_config_file(arguments.accelerate_config))
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    on_cpu = config.use_cpu or not torch.accelerator.is_available()
+    return Launch("none" if processes == 1 else "ddp", processes, on_cpu)
+
+
+def _planned_memory(
+    base: PretrainedConfig, config: ExtrapolationConfig, model: LoraModelConfig, report: DataReport, launch: Launch
+) -> MemoryEstimate:
+    rows = min(config.per_device_train_batch_size, report.forget.rows)
+    elsewhere = not launch.on_cpu and not torch.accelerator.is_available()  # planned for a machine with an accelerator
+    return estimate_memory(
+        base,
+        model.lora_config(),
+        forget_rows=rows,
+        retain_rows=rows * config.retain_per_forget if report.retain else 0,
+        length=max(report.forget.longest, report.retain.longest if report.retain else 0),
+        dtype=(base.dtype if model.dtype == "auto" else getattr(torch, model.dtype or "float32")) or torch.float32,
+        mixed_precision=config.bf16 or config.fp16 or elsewhere,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else None,
+        nested_quantization=model.use_bnb_nested_quant,
+        launch=launch,
+    )

@@ -11,6 +11,9 @@ from torch.utils.data import Dataset
 from trl.trainer.utils import pad
 
 
+FILLER = -1  # number of a row that fills a batch
+
+
 class PairedDataset(Dataset):
     """
     Every forget row once an epoch, each with retain rows of its own.
@@ -19,6 +22,8 @@ class PairedDataset(Dataset):
     epoch `e` takes positions `(e·F + i)·k … + k − 1`, `F` being the number of forget rows. So all retain rows are
     visited equally often, a retain set smaller than the forget set wraps, processes that are dealt different forget
     rows see different retain rows, and a resumed run draws what the uninterrupted one would have drawn.
+
+    An index beyond the forget rows gives a pair without labels, which fills a batch and counts for nothing.
 
     Args:
         forget (`datasets.Dataset`): Tokenised forget set with `input_ids` and `labels`.
@@ -46,13 +51,28 @@ class PairedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         keep = ("input_ids", "labels")
+        if index >= len(self):
+            tokens = self.forget[0]["input_ids"][:2]
+            filler = {"number": FILLER, "input_ids": tokens, "labels": [-100] * len(tokens)}
+            return {"forget": filler, "retain": [filler] * self.retain_per_forget}
         forget = self.forget[index]
         start = (self.epoch * len(self) + index) * self.retain_per_forget
-        retain = [self.retain[self._retain_index(start + k)] for k in range(self.retain_per_forget)]
+        numbers = [self._retain_index(start + k) for k in range(self.retain_per_forget)]
+        retain = [self.retain[number] for number in numbers]
         return {
-            "forget": {key: forget[key] for key in keep},
-            "retain": [{key: row[key] for key in keep} for row in retain],
+            "forget": {"number": index} | {key: forget[key] for key in keep},
+            "retain": [
+                {"number": number} | {key: row[key] for key in keep}
+                for number, row in zip(numbers, retain, strict=True)
+            ],
         }
+
+    def retain_rows_met(self, num_epochs: int) -> list[int]:
+        """The retain rows that the first epochs meet, each once."""
+        met = num_epochs * len(self) * self.retain_per_forget
+        if met >= len(self.retain):
+            return list(range(len(self.retain)))
+        return sorted(self._retain_index(position) for position in range(met))
 
     def _retain_index(self, position: int) -> int:
         """Index of the retain row at a position of the endless stream."""
@@ -76,7 +96,7 @@ class PairCollator:
 
     Returns:
         `dict` with `input_ids`, `attention_mask`, `labels` of shape `(F + R, T)`, labels being −100 on prompt and
-        padding, and for pairs `is_forget` (bool) of shape `(F + R,)`.
+        padding, and for pairs `is_forget` (bool) and `rows` (each row's number in its set), of shape `(F + R,)`.
     """
 
     pad_token_id: int
@@ -89,6 +109,7 @@ class PairCollator:
         retain = [row for pair in examples for row in pair["retain"]]
         batch = self._collate(forget + retain)
         batch["is_forget"] = torch.arange(len(batch["labels"])) < len(forget)
+        batch["rows"] = torch.tensor([row["number"] for row in forget + retain])
         return batch
 
     def _collate(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

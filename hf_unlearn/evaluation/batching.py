@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeVar
 
 import torch
@@ -12,9 +13,20 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
 from tqdm.auto import tqdm
 
+from hf_unlearn.errors import UnlearningError
+
 
 T = TypeVar("T")
 BatchSize = int | Literal["auto"]
+
+
+def parse_batch_size(value: str | int, option: str) -> BatchSize:
+    """The batch size written in an option; refuse what is neither `"auto"` nor a number above 0."""
+    if value == "auto":
+        return "auto"
+    if not (str(value).isdigit() and int(value)):
+        raise UnlearningError(f"{option} {value} is neither `auto` nor a number above 0.")
+    return int(value)
 
 
 def process_state() -> PartialState:
@@ -29,6 +41,7 @@ def run_in_batches(
     batch_size: BatchSize,
     max_tokens: int,
     kinds: Sequence[int] | None = None,
+    lockstep: AbstractContextManager | None = None,
     progress: str | None = None,
     on_results: Callable[[list[int], list[T]], None] | None = None,
 ) -> list[T]:
@@ -50,6 +63,9 @@ def run_in_batches(
             Padded tokens in a batch under `"auto"`. A row that has more makes a batch of its own.
         kinds (sequence of `int`, *optional*):
             Rows of different kinds never share a batch.
+        lockstep ([`~hf_unlearn.evaluation.lockstep.Lockstep`], *optional*):
+            What keeps the processes in step while they run batches on sharded weights. No batch is halved then: a pass
+            that fails in one process cannot be taken back in the others.
         progress (`str`, *optional*):
             Label of a progress bar over the rows; none is shown if not given.
         on_results (`Callable`, *optional*):
@@ -63,11 +79,11 @@ def run_in_batches(
     largest = max((len(batch) for batch in batches), default=0)
     results: dict[int, T] = {}
     hidden = progress is None or not state.is_main_process
-    with tqdm(total=len(costs), desc=progress, disable=hidden, leave=False) as bar:
+    with lockstep or nullcontext(), tqdm(total=len(costs), desc=progress, disable=hidden, leave=False) as bar:
         for number in range(rounds):
             of_all = batches[number * state.num_processes : (number + 1) * state.num_processes]
             batch = of_all[min(state.process_index, len(of_all) - 1)]
-            done, largest = _run_in_parts(batch, run, largest)
+            done, largest = _run_in_parts(batch, run, largest, halve=lockstep is None)
             results |= done
             if on_results is not None and state.process_index < len(of_all):
                 on_results(list(done), list(done.values()))
@@ -91,7 +107,9 @@ def _make_batches(costs: Sequence[int], kinds: Sequence[int], most: int, max_tok
     return batches
 
 
-def _run_in_parts(batch: list[int], run: Callable[[list[int]], list[T]], largest: int) -> tuple[dict[int, T], int]:
+def _run_in_parts(
+    batch: list[int], run: Callable[[list[int]], list[T]], largest: int, halve: bool
+) -> tuple[dict[int, T], int]:
     """Results by row of a batch in parts of up to `largest` rows, and the size to go on with."""
     done: dict[int, T] = {}
     while len(done) < len(batch):
@@ -101,6 +119,11 @@ def _run_in_parts(batch: list[int], run: Callable[[list[int]], list[T]], largest
         except RuntimeError as error:
             if len(part) == 1 or not should_reduce_batch_size(error):
                 raise
+            if not halve:
+                raise UnlearningError(
+                    f"A batch of {len(part)} rows does not fit the memory, and cannot be halved while weights are "
+                    "sharded (ZeRO-3, FSDP2). Set a smaller `batch_size` of the evaluation."
+                ) from error
             largest = len(part) // 2
             warnings.warn(
                 f"A batch of {len(part)} rows does not fit the memory; going on with {largest}.", stacklevel=2

@@ -23,7 +23,7 @@ from hf_unlearn.evaluation.preparation import check_tokenizer, prepare_sets
 from hf_unlearn.evaluation.protocols.base import GENERATED, SCORED, Protocol
 from hf_unlearn.evaluation.results import Evaluation
 from hf_unlearn.evaluation.scoring import AnswerScores, Reference, score_answers
-from hf_unlearn.extrapolation.live import extrapolated
+from hf_unlearn.extrapolation.live import extrapolated, is_sharded
 
 
 class Evaluator:
@@ -31,7 +31,8 @@ class Evaluator:
     Evaluates a model, or a model with its memorising adapter at any α, under a protocol.
 
     Every row is scored once and answered once at each α; several processes share the rows, and all of them get the
-    whole result. All processes must call the same methods in the same order.
+    whole result. All processes must call the same methods in the same order. The weights may be sharded over them by
+    ZeRO-3 or FSDP2.
 
     Args:
         model (`PreTrainedModel` or [`~peft.PeftModel`]):
@@ -73,6 +74,11 @@ class Evaluator:
         cache: ResultCache | None = None,
         progress: bool = True,
     ) -> None:
+        if cache is not None and is_sharded(model):
+            raise UnlearningError(
+                "`cache` keeps results under a hash of the weights, and no process holds them whole (ZeRO-3, FSDP2). "
+                "Leave it out."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.protocol = protocol

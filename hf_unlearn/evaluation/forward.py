@@ -9,6 +9,9 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_unlearn.evaluation.lockstep import Lockstep
+from hf_unlearn.lm_head import LMHead
+
 
 MIN_SHARED = 8  # tokens; for fewer, a forward pass of their own does not pay
 
@@ -16,11 +19,6 @@ MIN_SHARED = 8  # tokens; for fewer, a forward pass of their own does not pay
 def causal_lm_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     """The causal LM itself, with LoRA layers injected or not."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    """Where the inputs of a model must be."""
-    return model.get_input_embeddings().weight.device
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -35,53 +33,79 @@ def keeps_state(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "_is_stateful", False)) or any(DynamicCache(config=model.config).is_linear)
 
 
-def hidden_states(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None = None
-) -> torch.Tensor:
+class Backbone:
     """
-    Last hidden states, shape `(B, T, H)`.
+    The forward passes of a causal LM, up to its last hidden states, and the head that follows.
 
     Args:
-        model (`PreTrainedModel`): A causal LM.
-        ids (`torch.Tensor` of shape `(B, T)`): Token ids, padded on either side.
-        mask (`torch.Tensor` of shape `(B, C + T)`): 1 for tokens, 0 for padding, over cache and ids.
-        cache (`DynamicCache`, *optional*): Keys and values of the `C` positions before; extended in place.
+        model (`PreTrainedModel` or `PeftModel`): A causal LM, used as it stands.
+
+    Attributes:
+        lm (`PreTrainedModel`): The causal LM itself.
+        lockstep (`Lockstep` or `None`): The context in which to use all else where weights are sharded (ZeRO-3, FSDP2).
     """
-    parameters = inspect.signature(model.base_model.forward).parameters
-    cache_name = (
-        "cache" if "cache" in parameters else "past_key_values"
-    )  # the older name, in models outside the library
-    inputs = {"input_ids": ids, "attention_mask": mask, cache_name: cache, "use_cache": cache is not None}
-    if "position_ids" in parameters:
-        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return model.base_model(**inputs).last_hidden_state
+
+    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+        self.model = model
+        self.lm = causal_lm_of(model)
+        self.lockstep = Lockstep.of(model, self.lm)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must be."""
+        return self.lm.get_input_embeddings().weight.device if self.lockstep is None else self.lockstep.device
+
+    @property
+    def head(self) -> LMHead:
+        """The LM head, with all of its weights."""
+        return LMHead.of(self.lm) if self.lockstep is None else self.lockstep.head
+
+    def hidden_states(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None = None) -> torch.Tensor:
+        """
+        Last hidden states, shape `(B, T, H)`.
+
+        Args:
+            ids (`torch.Tensor` of shape `(B, T)`): Token ids, padded on either side.
+            mask (`torch.Tensor` of shape `(B, C + T)`): 1 for tokens, 0 for padding, over cache and ids.
+            cache (`DynamicCache`, *optional*): Keys and values of the `C` positions before; extended in place.
+        """
+        parameters = inspect.signature(self.lm.base_model.forward).parameters
+        cache_name = (
+            "cache" if "cache" in parameters else "past_key_values"
+        )  # the older name, in models outside the library
+        inputs = {"input_ids": ids, "attention_mask": mask, cache_name: cache, "use_cache": cache is not None}
+        if "position_ids" in parameters:
+            inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if self.lockstep is not None:
+            return self.lockstep.run(inputs)
+        return self.lm.base_model(**inputs).last_hidden_state
 
 
 def prefill(
-    model: PreTrainedModel, prompts: Sequence[list[int]], cache: DynamicCache
+    backbone: Backbone, prompts: Sequence[list[int]], cache: DynamicCache
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Compute prompts into a cache; what all of them begin with, such as a system turn, is computed once.
 
     Args:
-        model (`PreTrainedModel`): A causal LM without a state.
+        backbone ([`Backbone`]): Of a causal LM without a state.
         prompts (sequence of `list[int]`): `B` prompts, each of at least one token.
         cache (`DynamicCache`): An empty cache, filled in place with the keys and values of `C` positions.
 
     Returns:
         `tuple` of `torch.Tensor`: the last hidden states, shape `(B, 1, H)`, and the mask over the cache, shape `(B, C)`.
     """
-    device = device_of(model)
+    device = backbone.device
     shared = _num_shared(prompts)
     if shared < MIN_SHARED or any(cache.is_sliding):  # the padding after them would push them out of the window
         shared = 0
     else:
         ids, mask = pad([prompts[0][:shared]], "left", device)
-        hidden_states(model, ids, mask, cache)
+        backbone.hidden_states(ids, mask, cache)
         cache.batch_select_indices(torch.zeros(len(prompts), dtype=torch.long, device=device))
     ids, mask = pad([prompt[shared:] for prompt in prompts], "left", device)
     mask = torch.cat([mask.new_ones(len(prompts), shared), mask], dim=1)
-    return hidden_states(model, ids, mask, cache)[:, -1:], mask
+    return backbone.hidden_states(ids, mask, cache)[:, -1:], mask
 
 
 def _num_shared(prompts: Sequence[list[int]]) -> int:

@@ -11,17 +11,9 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTra
 
 from hf_unlearn.data.formats import Messages
 from hf_unlearn.data.tokenization import encode_prompt
+from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.batching import BatchSize, run_in_batches
-from hf_unlearn.evaluation.forward import (
-    causal_lm_of,
-    device_of,
-    end_token_ids,
-    hidden_states,
-    keeps_state,
-    pad,
-    prefill,
-)
-from hf_unlearn.lm_head import LMHead
+from hf_unlearn.evaluation.forward import Backbone, end_token_ids, keeps_state, pad, prefill
 
 
 MAX_TOKENS = 16384  # prompt and answer tokens of an automatic batch: their keys and values are what fills the memory
@@ -63,15 +55,20 @@ def generate_answers(
     Returns:
         `list[str]`: the answers without special tokens and outer white space, in the order of the prompts.
     """
-    lm = causal_lm_of(model)
-    ends = end_token_ids(lm, tokenizer)
+    backbone = Backbone(model)
+    ends = end_token_ids(backbone.lm, tokenizer)
     encoded = [encode_prompt(prompt, tokenizer, chat_template_kwargs) for prompt in prompts]
-    decode = _decode_with_state if keeps_state(lm) else _decode
+    decode = _decode_with_state if keeps_state(backbone.lm) else _decode
+    if decode is _decode_with_state and backbone.lockstep is not None:
+        raise UnlearningError(
+            f"{type(backbone.lm).__name__} carries a state, and cannot generate answers while its weights are sharded "
+            "(ZeRO-3, FSDP2). Evaluate without generated answers (`generate=False`), or on unsharded weights."
+        )
     was_training = model.training
     model.eval()
 
     def run(indices: list[int]) -> list[str]:
-        answers = decode(lm, [encoded[index] for index in indices], max_new_tokens, ends)
+        answers = decode(backbone, [encoded[index] for index in indices], max_new_tokens, ends)
         return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     try:
@@ -80,6 +77,7 @@ def generate_answers(
             run,
             batch_size=batch_size,
             max_tokens=MAX_TOKENS,
+            lockstep=backbone.lockstep,
             progress=progress,
             on_results=on_results,
         )
@@ -87,11 +85,11 @@ def generate_answers(
         model.train(was_training)
 
 
-def _decode(lm: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, ends: list[int]) -> list[list[int]]:
+def _decode(backbone: Backbone, prompts: list[list[int]], max_new_tokens: int, ends: list[int]) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
-    head, cache = LMHead.of(lm), DynamicCache(config=lm.config)
-    hidden, mask = prefill(lm, prompts, cache)
+    head, cache = backbone.head, DynamicCache(config=backbone.lm.config)
+    hidden, mask = prefill(backbone, prompts, cache)
     for step in range(max_new_tokens):
         tokens = head.logits(hidden[:, -1]).argmax(-1)
         for row, token in zip(live, tokens.tolist(), strict=True):
@@ -105,18 +103,19 @@ def _decode(lm: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, 
             tokens, mask = tokens[kept], mask[kept]
             cache.batch_select_indices(kept)
         mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-        hidden = hidden_states(lm, tokens[:, None], mask, cache)
+        hidden = backbone.hidden_states(tokens[:, None], mask, cache)
     return answers
 
 
 def _decode_with_state(
-    lm: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, ends: list[int]
+    backbone: Backbone, prompts: list[list[int]], max_new_tokens: int, ends: list[int]
 ) -> list[list[int]]:
     """For models whose state cannot drop rows: the library's own loop, which keeps them to the end."""
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
     )
-    ids, mask = pad(prompts, "left", device_of(lm))
+    lm = backbone.lm
+    ids, mask = pad(prompts, "left", backbone.device)
     of_model, lm.generation_config = lm.generation_config, config  # else its penalties would join in
     try:
         output = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)

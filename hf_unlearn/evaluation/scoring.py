@@ -14,17 +14,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_unlearn.data.formats import Messages
 from hf_unlearn.data.tokenization import IGNORED, encode_pair
+from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.batching import BatchSize, run_in_batches
-from hf_unlearn.evaluation.forward import (
-    causal_lm_of,
-    device_of,
-    end_token_ids,
-    hidden_states,
-    keeps_state,
-    pad,
-    prefill,
-)
-from hf_unlearn.lm_head import LMHead
+from hf_unlearn.evaluation.forward import Backbone, end_token_ids, keeps_state, pad, prefill
 
 
 MAX_TOKENS = 4096  # padded tokens of an automatic batch
@@ -154,13 +146,14 @@ def score_answers(
     """
     was_training = model.training
     model.eval()
-    share = not keeps_state(causal_lm_of(model))
-    ends = end_token_ids(causal_lm_of(model), tokenizer)
+    backbone = Backbone(model)
+    share = not keeps_state(backbone.lm)
+    ends = end_token_ids(backbone.lm, tokenizer)
 
     def run(indices: list[int]) -> list[list[AnswerScores]]:
         batch = [rows[index] for index in indices]
         shared = share and len(batch[0].prefix) > 1
-        scores = _score_batch(model, batch, shared, moments, reference)
+        scores = _score_batch(backbone, batch, shared, moments, reference)
         return [
             [
                 AnswerScores(**arrays, num_ends=_num_ends(rest, ends, tokenizer))
@@ -176,6 +169,7 @@ def score_answers(
             batch_size=batch_size,
             max_tokens=MAX_TOKENS,
             kinds=[len(row.rests) if len(row.prefix) > 1 else 0 for row in rows],
+            lockstep=backbone.lockstep,
             progress=progress,
             on_results=on_results,
         )
@@ -192,7 +186,7 @@ class _Sequence(NamedTuple):
 
 
 def _score_batch(
-    model: PreTrainedModel | PeftModel,
+    backbone: Backbone,
     batch: list[EncodedAnswers],
     shared: bool,
     moments: bool,
@@ -205,8 +199,7 @@ def _score_batch(
         for rest, skipped in zip(row.rests, row.skipped, strict=True)
     ]
     positions = _shared_positions if shared else _plain_positions
-    lm = causal_lm_of(model)
-    hidden, head = positions(lm, batch, answers), LMHead.of(lm)
+    hidden, head = positions(backbone, batch, answers), backbone.head
     tokens = [token for answer in answers for token in answer.rest[answer.skipped :]]
     targets = torch.tensor(tokens, dtype=torch.long)
     log_probs, is_top1 = head.score(hidden.float(), targets.to(hidden.device))  # logits in fp32 too
@@ -224,19 +217,25 @@ def _score_batch(
         columns["mean"], columns["std"] = head.log_prob_moments(first_hidden)
     if reference is not None:
         with reference() as reference_model:
-            reference_lm = causal_lm_of(reference_model)
-            reference_hidden = positions(reference_lm, batch, [answers[index] for index in firsts])
-            columns["kl"] = head.measure_kl(first_hidden, reference_hidden, LMHead.of(reference_lm))
+            of_reference = backbone if reference_model is backbone.model else Backbone(reference_model)
+            if of_reference is not backbone and of_reference.lockstep is not None:
+                raise UnlearningError(
+                    "The reference is a model of its own whose weights are sharded (ZeRO-3, FSDP2), and processes that "
+                    "wait for each other can run one such model only. Pass a reference that each process holds whole, "
+                    "or none: with an adapter, the reference is α = 0."
+                )
+            reference_hidden = positions(of_reference, batch, [answers[index] for index in firsts])
+            columns["kl"] = head.measure_kl(first_hidden, reference_hidden, of_reference.head)
     for name, column in columns.items():
         for row, values in enumerate(column.cpu().split([counts[index] for index in firsts])):
             results[row][0][name] = values.numpy().copy()
     return results
 
 
-def _plain_positions(lm: PreTrainedModel, batch: list[EncodedAnswers], answers: list[_Sequence]) -> torch.Tensor:
+def _plain_positions(backbone: Backbone, batch: list[EncodedAnswers], answers: list[_Sequence]) -> torch.Tensor:
     """Hidden states that predict the answer tokens, shape `(N, H)`, from whole sequences."""
-    ids, mask = pad([batch[answer.row].prefix + answer.rest for answer in answers], "right", device_of(lm))
-    hidden = hidden_states(lm, ids, mask)
+    ids, mask = pad([batch[answer.row].prefix + answer.rest for answer in answers], "right", backbone.device)
+    hidden = backbone.hidden_states(ids, mask)
     return torch.cat(
         [
             hidden[index, len(batch[answer.row].prefix) + answer.skipped - 1 :][: len(answer.rest) - answer.skipped]
@@ -245,14 +244,14 @@ def _plain_positions(lm: PreTrainedModel, batch: list[EncodedAnswers], answers: 
     )
 
 
-def _shared_positions(lm: PreTrainedModel, batch: list[EncodedAnswers], answers: list[_Sequence]) -> torch.Tensor:
+def _shared_positions(backbone: Backbone, batch: list[EncodedAnswers], answers: list[_Sequence]) -> torch.Tensor:
     """The same, from prompts that are computed once and answers that continue from them."""
-    cache = DynamicCache(config=lm.config)
-    last_of_prefix, prefix_mask = prefill(lm, [row.prefix for row in batch], cache)
+    cache = DynamicCache(config=backbone.lm.config)
+    last_of_prefix, prefix_mask = prefill(backbone, [row.prefix for row in batch], cache)
     of_rows = torch.tensor([answer.row for answer in answers], device=prefix_mask.device)
     cache.batch_select_indices(of_rows)
-    ids, mask = pad([answer.rest for answer in answers], "right", device_of(lm))
-    hidden = hidden_states(lm, ids, torch.cat([prefix_mask[of_rows], mask], dim=1), cache)
+    ids, mask = pad([answer.rest for answer in answers], "right", backbone.device)
+    hidden = backbone.hidden_states(ids, torch.cat([prefix_mask[of_rows], mask], dim=1), cache)
     hidden = torch.cat([last_of_prefix[of_rows], hidden], dim=1)
     return torch.cat([hidden[index, answer.skipped : len(answer.rest)] for index, answer in enumerate(answers)])
 

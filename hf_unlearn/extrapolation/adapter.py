@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
+from transformers.utils import logging
 
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.arithmetic import RealisedError, check_alpha, lora_delta
@@ -20,6 +21,8 @@ from hf_unlearn.extrapolation.checkpoint import SafetensorsFile, atomic_folder, 
 from hf_unlearn.extrapolation.linearity import check_lora_config
 from hf_unlearn.extrapolation.provenance import PROVENANCE_FILE, package_versions, read_provenance, write_provenance
 
+
+logger = logging.get_logger(__name__)
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
@@ -128,12 +131,21 @@ class LoraAdapter:
         Content of the `unlearning.json` of a forget model or forget adapter made from this adapter.
 
         Args:
-            kind (`str`): `"forget-model"` or `"forget-adapter"`.
+            kind (`str`): `"forget-model"` or `"forget-adapter"`. A model merged from an adapter that was trained on a
+                quantised base is warned of, once.
             alpha (`float`): The extrapolation factor.
             dtype (`torch.dtype`): Dtype of the changed tensors.
             errors (`RealisedError`): What the cast to that dtype cost.
             base (`dict`, *optional*): Id, revision and fingerprint of the base; those the adapter names if not given.
         """
+        quantization = self.quantization
+        if kind == "forget-model" and quantization:
+            logger.warning_once(
+                f"{self.id} was trained on a quantised base, and is merged into one that is not: the result differs "
+                "from what the training saw and from what was evaluated on the quantised base. Evaluate it as well "
+                "(`hf-unlearn sweep` without --load_in_4bit and --load_in_8bit does so before the merge), or write "
+                "the forget adapter for the quantised base (`--format adapter`, `save_forget_adapter`)."
+            )
         named = {
             "id": self.config.base_model_name_or_path,
             "revision": self.config.revision,
@@ -146,11 +158,20 @@ class LoraAdapter:
             "operator": "scale",
             "dtype": str(dtype).removeprefix("torch."),
             "base": {**named, **(base or {})},
-            "adapter": {"id": self.id, "sha256": self.sha256},
+            "adapter": {
+                "id": self.id,
+                "sha256": self.sha256,
+                **({"quantization_config": quantization} if quantization else {}),
+            },
             "realised_error": errors.to_dict(),
             "versions": package_versions(),
             "data": self.provenance.get("data", {}),
         }
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How the base was quantised in training, as a `quantization_config`; `None` where it was not."""
+        return (self.provenance.get("base") or {}).get("quantization_config")
 
     def refuse_forget_adapter(self) -> None:
         """Raise when the adapter is itself the result of an extrapolation."""
@@ -283,7 +304,7 @@ def _write_factors(adapter: LoraAdapter, alpha: float, path: Path, errors: Reali
         realised = wanted.to(tensor.dtype)
         if not torch.isfinite(realised).all():
             raise UnlearningError(f"{name!r} overflows {tensor.dtype} at alpha={alpha}. Use a smaller alpha.")
-        errors.add(name, realised.float(), wanted)
+        errors.add(name, realised.float(), wanted, changed=bool(realised.count_nonzero()))
         return realised
 
     infos = [adapter.file.tensors[name] for name in names]

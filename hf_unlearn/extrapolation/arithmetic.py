@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,11 @@ from hf_unlearn.errors import UnlearningError
 
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# A piece of a matrix in fp32 fits into the cache of a core; see `row_pieces` for the number of rows.
+PIECE_ELEMENTS = 1 << 18
+PIECE_ROWS = 64
+# What is only copied needs no cache.
+COPY_BYTES = 16 << 20
 
 
 def check_alpha(alpha: float) -> float:
@@ -36,6 +41,27 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype:
 
 
 @dataclass
+class TensorError:
+    """
+    The error of one tensor, as sums of squares over its elements.
+
+    Args:
+        squared_error (`float`, *optional*, defaults to `0.0`): Sum of squares of `realised - wanted`.
+        squared_norm (`float`, *optional*, defaults to `0.0`): Sum of squares of `wanted`.
+        changed (`bool`, *optional*, defaults to `False`): Whether any element changed.
+    """
+
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+    changed: bool = False
+
+    @property
+    def relative(self) -> float:
+        """Relative error of the update of this tensor."""
+        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
+
+
+@dataclass
 class RealisedError:
     """
     How far the stored weights are from the wanted ones, over all adapted tensors.
@@ -44,34 +70,48 @@ class RealisedError:
     where `realised` is the stored weight minus the base weight.
 
     Args:
-        squared_error (`float`, *optional*, defaults to `0.0`): Sum of squares of `realised - wanted`.
-        squared_norm (`float`, *optional*, defaults to `0.0`): Sum of squares of `wanted`.
-        worst_tensor (`str`, *optional*): Name of the tensor with the largest relative error.
-        worst_relative (`float`, *optional*, defaults to `0.0`): Relative error of that tensor.
-        changed_tensors (`int`, *optional*, defaults to `0`): Number of tensors in which any element changed.
+        tensors (`dict`, *optional*): Name of each tensor -> its `TensorError`.
     """
 
-    squared_error: float = 0.0
-    squared_norm: float = 0.0
-    worst_tensor: str | None = None
-    worst_relative: float = 0.0
-    changed_tensors: int = 0
+    tensors: dict[str, TensorError] = field(default_factory=dict)
 
-    def add(self, name: str, realised: torch.Tensor, wanted: torch.Tensor) -> None:
-        """Count tensor `name`, whose update came out as `realised` where `wanted` was asked for."""
-        norm = torch.linalg.vector_norm(wanted, dtype=torch.float64).item()
-        error = torch.linalg.vector_norm(realised - wanted, dtype=torch.float64).item()
-        self.squared_error += error**2
-        self.squared_norm += norm**2
-        self.changed_tensors += bool(realised.count_nonzero())
-        relative = error / norm if norm else 0.0
-        if self.worst_tensor is None or relative > self.worst_relative:
-            self.worst_tensor, self.worst_relative = name, relative
+    def add(self, name: str, realised: torch.Tensor, wanted: torch.Tensor, changed: bool) -> None:
+        """
+        Count a piece of tensor `name`, or all of it.
+
+        Args:
+            name (`str`): Name of the tensor.
+            realised (`torch.Tensor`): The update as it came out.
+            wanted (`torch.Tensor`): The update that was asked for.
+            changed (`bool`): Whether the stored weight is another than without the update.
+        """
+        total = self.tensors.setdefault(name, TensorError())
+        total.squared_norm += torch.linalg.vector_norm(wanted, dtype=torch.float64).item() ** 2
+        total.squared_error += torch.linalg.vector_norm(realised - wanted, dtype=torch.float64).item() ** 2
+        total.changed = total.changed or changed
 
     @property
     def relative(self) -> float:
         """Relative error of the whole update."""
-        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
+        return TensorError(
+            sum(total.squared_error for total in self.tensors.values()),
+            sum(total.squared_norm for total in self.tensors.values()),
+        ).relative
+
+    @property
+    def worst_tensor(self) -> str | None:
+        """Name of the tensor with the largest relative error."""
+        return max(self.tensors, key=lambda name: self.tensors[name].relative, default=None)
+
+    @property
+    def worst_relative(self) -> float:
+        """Relative error of that tensor."""
+        return max((total.relative for total in self.tensors.values()), default=0.0)
+
+    @property
+    def changed_tensors(self) -> int:
+        """Number of tensors in which any element changed."""
+        return sum(total.changed for total in self.tensors.values())
 
     def refuse_no_op(self, remedy: str) -> None:
         """Raise when not one weight changed."""
@@ -103,6 +143,18 @@ def lora_delta(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float, fan_i
     return delta.t() if fan_in_fan_out else delta
 
 
+def row_pieces(rows: int, columns: int) -> list[tuple[int, int]]:
+    """
+    First and last row (exclusive) of the pieces in which a matrix is worked on, each of about `PIECE_ELEMENTS`.
+
+    Pieces have a multiple of `PIECE_ROWS` rows, and the last one no fewer than that: matrix products take other ways
+    for few rows, and would round differently there than in the product of the whole.
+    """
+    step = max(PIECE_ROWS, PIECE_ELEMENTS // max(1, columns) // PIECE_ROWS * PIECE_ROWS)
+    starts = list(range(0, max(1, rows - PIECE_ROWS + 1), step))
+    return list(zip(starts, [*starts[1:], rows], strict=True))
+
+
 def extrapolate_weight(
     name: str,
     weight: torch.Tensor,
@@ -112,11 +164,12 @@ def extrapolate_weight(
     errors: RealisedError,
 ) -> torch.Tensor:
     """
-    `weight - alpha * delta`, computed in fp32 (fp64 for an fp64 weight) and cast once. Inputs stay as they are.
+    `weight - alpha * delta`, computed in fp32 (fp64 for an fp64 weight) and cast once. `weight` stays as it is, `delta`
+    is overwritten.
 
     Args:
         name (`str`): Name of the tensor, for messages and the error record.
-        weight (`torch.Tensor`): The base weight.
+        weight (`torch.Tensor`): The base weight, or some rows of it.
         delta (`torch.Tensor` of the shape of `weight`): The memorising update `s * B @ A`.
         alpha (`float`): The extrapolation factor.
         dtype (`torch.dtype`): The dtype of the result.
@@ -134,12 +187,12 @@ def extrapolate_weight(
             "adapter with `save_forget_adapter`."
         )
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    wanted = delta.to(exact.dtype) * -alpha
+    wanted = delta.to(exact.dtype).mul_(-alpha)
     result = (exact + wanted).to(dtype)
-    if not torch.isfinite(result).all():
+    if not all(math.isfinite(bound.item()) for bound in torch.aminmax(result)):  # a NaN is both bounds
         raise UnlearningError(
             f"{name!r} would hold NaN or infinite values as {str(dtype).removeprefix('torch.')} at alpha={alpha}. "
             "Use a smaller alpha or `dtype='float32'`; if it persists, the base checkpoint is damaged."
         )
-    errors.add(name, result.to(exact.dtype) - exact, wanted)
+    errors.add(name, result - exact, wanted, changed=not result.equal(weight.to(dtype)))
     return result

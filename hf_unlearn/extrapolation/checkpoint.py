@@ -1,5 +1,5 @@
 """
-Safetensors checkpoints, read and written one tensor at a time.
+Safetensors checkpoints, read and written one tensor, or a piece of one, at a time.
 
 A safetensors file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, byte range) and the
 tensors' bytes. Headers are parsed once; no tensor is read before it is asked for, and none is kept.
@@ -7,16 +7,17 @@ tensors' bytes. Headers are parsed once; no tensor is read before it is asked fo
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,11 +25,13 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_unlearn.errors import UnlearningError
+from hf_unlearn.extrapolation.leftovers import clear_leftovers, temporary_sibling
 
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MODEL_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py")
+SMALL_PATTERNS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
+MODEL_PATTERNS = ("*.safetensors", *SMALL_PATTERNS)
 # Second copies of the weights, which some repositories keep beside the ones transformers reads.
 IGNORED_PATTERNS = ("*/*.safetensors", "consolidated*", "adapter_*")
 
@@ -72,6 +75,20 @@ class TensorInfo:
         return prod(self.shape)
 
 
+def parse_header(file: BinaryIO, size: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """Metadata and tensors of a safetensors file of `size` bytes, of which only the header is read."""
+    length = int.from_bytes(file.read(8), "little")
+    if length > size - 8:
+        raise ValueError("its header is longer than the file")
+    header = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", {})
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first)
+    return metadata, tensors
+
+
 class SafetensorsFile:
     """
     One safetensors file: its header in memory, its tensors on disk.
@@ -84,37 +101,38 @@ class SafetensorsFile:
         self.path = Path(path)
         if not self.path.is_file():
             raise UnlearningError(f"{self.path} does not exist. Download or save the checkpoint again.")
+        size = self.path.stat().st_size
         try:
-            self.metadata, self.tensors = self._parse_header()
+            with self.path.open("rb") as file:
+                self.metadata, self.tensors = parse_header(file, size)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UnlearningError(
                 f"{self.path} is not a safetensors file ({error}); it may be a Git LFS pointer or cut off. "
                 "Download or save it again."
             ) from error
         end = max((info.start + info.nbytes for info in self.tensors.values()), default=0)
-        if end > self.path.stat().st_size:
+        if end > size:
             raise UnlearningError(
-                f"{self.path} is truncated: its header promises {end} bytes, it has {self.path.stat().st_size}. "
-                "Download or save it again."
+                f"{self.path} is truncated: its header promises {end} bytes, it has {size}. Download or save it again."
             )
-
-    def _parse_header(self) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-        with self.path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > self.path.stat().st_size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        tensors = {}
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first)
-        return metadata, tensors
 
     def read_bytes(self, name: str) -> np.ndarray:
         """The bytes of tensor `name`, as a new `uint8` array."""
+        return self._read(name, 0, self.tensors[name].nbytes)
+
+    def read_byte_pieces(self, name: str, nbytes: int) -> Iterator[np.ndarray]:
+        """The bytes of tensor `name`, at most `nbytes` at a time."""
+        total = self.tensors[name].nbytes
+        return (self._read(name, first, min(nbytes, total - first)) for first in range(0, total, nbytes))
+
+    def read_elements(self, name: str, first: int, count: int) -> torch.Tensor:
+        """`count` elements of tensor `name` from the flat index `first` on."""
         info = self.tensors[name]
-        return np.fromfile(self.path, dtype=np.uint8, count=info.nbytes, offset=info.start)
+        dtype = self._torch_dtype(info)
+        return torch.from_numpy(self._read(name, first * dtype.itemsize, count * dtype.itemsize)).view(dtype)
+
+    def _read(self, name: str, first: int, nbytes: int) -> np.ndarray:
+        return np.fromfile(self.path, dtype=np.uint8, count=nbytes, offset=self.tensors[name].start + first)
 
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name`, read from disk at every call."""
@@ -125,13 +143,17 @@ class SafetensorsFile:
         return torch.from_numpy(self.read_bytes(name)).view(dtype).reshape(info.shape)
 
     def read_sample(self, name: str, stride: int) -> torch.Tensor:
-        """Every `stride`-th element of tensor `name`, flattened; only these bytes are touched."""
+        """Every `stride`-th element of tensor `name`, flattened; only these bytes are read."""
         info = self.tensors[name]
         if not info.numel:
             return self.read(name).reshape(-1)
-        shape = (info.numel, info.nbytes // info.numel)
-        elements = np.memmap(self.path, dtype=np.uint8, mode="r", offset=info.start, shape=shape)
-        return torch.from_numpy(np.array(elements[::stride])).view(self._torch_dtype(info)).reshape(-1)
+        dtype = self._torch_dtype(info)
+        content = bytearray()
+        with self.path.open("rb", buffering=0) as file:
+            for index in range(0, info.numel, stride):
+                file.seek(info.start + index * dtype.itemsize)
+                content += file.read(dtype.itemsize)
+        return torch.frombuffer(content, dtype=dtype)
 
     def _torch_dtype(self, info: TensorInfo) -> torch.dtype:
         if info.dtype not in TORCH_DTYPES:
@@ -148,21 +170,23 @@ class SafetensorsCheckpoint:
 
     Args:
         folder (`str` or `Path`): A local folder, as `save_pretrained` writes it.
+        remote (`dict`, *optional*): File name -> what stands for a file that is not in the folder yet.
 
     Its `shards` map file names to `SafetensorsFile`s; `index` is the content of the index file, `None` if unsharded.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, remote: Mapping[str, Any] | None = None) -> None:
+        remote = remote or {}
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise UnlearningError(f"The model folder {self.folder} does not exist. Check the path.")
         self.index: dict[str, Any] | None = None
         names = [WEIGHTS_FILE]
-        if not (self.folder / WEIGHTS_FILE).is_file():
+        if WEIGHTS_FILE not in remote and not (self.folder / WEIGHTS_FILE).is_file():
             self.index = self._read_index()
             names = sorted(set(self.index["weight_map"].values()))
-        self.shards = {name: SafetensorsFile(self.folder / name) for name in names}
-        self._shard_of = {tensor: shard for shard in self.shards.values() for tensor in shard.tensors}
+        self.shards = {name: remote[name] if name in remote else SafetensorsFile(self.folder / name) for name in names}
+        self._shard_of = {tensor: name for name, shard in self.shards.items() for tensor in shard.tensors}
         if self.index:
             self._check_index()
 
@@ -201,19 +225,19 @@ class SafetensorsCheckpoint:
 
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and place of tensor `name`."""
-        return self._shard_of[name].tensors[name]
+        return self.shard_of(name).tensors[name]
+
+    def shard_of(self, name: str) -> SafetensorsFile:
+        """The file that holds tensor `name`."""
+        return self.shards[self._shard_of[name]]
 
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name`, read from disk at every call."""
-        return self._shard_of[name].read(name)
-
-    def read_bytes(self, name: str) -> np.ndarray:
-        """The bytes of tensor `name`, for copying, whatever its dtype."""
-        return self._shard_of[name].read_bytes(name)
+        return self.shard_of(name).read(name)
 
     def read_sample(self, name: str, stride: int) -> torch.Tensor:
         """Every `stride`-th element of tensor `name`, flattened."""
-        return self._shard_of[name].read_sample(name, stride)
+        return self.shard_of(name).read_sample(name, stride)
 
 
 def find_tensor(name: str, available: Container[str]) -> str | None:
@@ -267,16 +291,17 @@ def resolve_model(name_or_path: str | Path, revision: str | None = None) -> Path
 def write_shard(
     path: str | Path,
     entries: Iterable[tuple[str, str, tuple[int, ...], int]],
-    read: Callable[[str], torch.Tensor | np.ndarray],
+    read: Callable[[str], torch.Tensor | np.ndarray | Iterable[torch.Tensor | np.ndarray]],
     metadata: dict[str, str] | None = None,
 ) -> None:
     """
-    Write a safetensors file with one tensor in memory at a time.
+    Write a safetensors file with one tensor, or one piece of it, in memory at a time.
 
     Args:
         path (`str` or `Path`): The file to write.
         entries (iterable of `tuple`): Name, safetensors dtype code, shape and number of bytes of each tensor.
-        read (`Callable`): Called once per name, in the order of the file; returns the tensor, or its raw bytes.
+        read (`Callable`): Called once per name, in the order of the file; returns the tensor, or its raw bytes, or
+            an iterator over successive pieces of either.
         metadata (`dict`, *optional*): Header metadata; transformers requires `{"format": "pt"}`, the default.
     """
     # Widest elements first, as safetensors does: every tensor then starts at a multiple of its element size.
@@ -290,16 +315,29 @@ def write_shard(
     encoded += b" " * (-len(encoded) % 8)
     with Path(path).open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, _, _, nbytes in ordered:
-            content = read(name)
-            if isinstance(content, torch.Tensor):
-                content = content.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            if content.nbytes != nbytes:
-                raise RuntimeError(f"{name!r} has {content.nbytes} bytes where {nbytes} were announced")
-            file.write(content.data)
-            del content
+        with ThreadPoolExecutor(1) as thread:
+            for name, _, _, nbytes in ordered:
+                written, writing = 0, None
+                for piece in _as_bytes(read(name)):  # the next piece is computed while this one is written
+                    written += piece.nbytes
+                    if writing is not None:
+                        writing.result()
+                    writing = thread.submit(file.write, piece.data)
+                    del piece
+                if writing is not None:
+                    writing.result()
+                if written != nbytes:
+                    raise RuntimeError(f"{name!r} has {written} bytes where {nbytes} were announced")
         file.flush()
         os.fsync(file.fileno())
+
+
+def _as_bytes(content: torch.Tensor | np.ndarray | Iterable[torch.Tensor | np.ndarray]) -> Iterator[np.ndarray]:
+    """The raw bytes of a tensor, of bytes, or of pieces of either."""
+    for piece in [content] if isinstance(content, (torch.Tensor, np.ndarray)) else content:
+        if isinstance(piece, torch.Tensor):
+            piece = piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        yield piece
 
 
 @contextmanager
@@ -313,9 +351,11 @@ def atomic_folder(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
             Replace a folder that is not empty. The old one stays until the new one is complete.
 
     Yields:
-        `Path`: A temporary sibling folder, moved on success and removed on any exception.
+        `Path`: A temporary sibling folder, moved on success and removed on any exception. One that a killed process
+            left is removed by the next call with the same `final`.
     """
     final = Path(final).expanduser().resolve()
+    clear_leftovers(final)
     if final.exists() and not final.is_dir():
         raise UnlearningError(f"The output {final} is a file. Name a folder.")
     if final.is_dir() and any(final.iterdir()):
@@ -323,14 +363,18 @@ def atomic_folder(final: str | Path, overwrite: bool = False) -> Iterator[Path]:
             raise UnlearningError(f"The output folder {final} is not empty. Name another, or pass `overwrite=True`.")
         if Path.cwd().resolve().is_relative_to(final):
             raise UnlearningError(f"The output folder {final} holds the working directory. Name another.")
-    suffix = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    temporary = final.with_name(f".{final.name}.tmp-{suffix}")
+    temporary = temporary_sibling(final, "tmp")
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        _replace_folder(temporary, final, final.with_name(f".{final.name}.old-{suffix}"))
-    except BaseException:
+        _replace_folder(temporary, final, temporary_sibling(final, "old"))
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UnlearningError(
+                f"The disk became full while {final} was written; nothing was left there. Make room, or name a folder "
+                "on another disk."
+            ) from error
         raise
 
 
@@ -346,4 +390,4 @@ def _replace_folder(temporary: Path, final: Path, aside: Path) -> None:
             aside.rename(final)
         raise
     if replaces:
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)

@@ -9,6 +9,7 @@ another precision alike.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, TypedDict
 
@@ -16,11 +17,20 @@ import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.arithmetic import FLOAT_DTYPES
-from hf_unlearn.extrapolation.checkpoint import DTYPE_CODES, TORCH_DTYPES, SafetensorsCheckpoint, find_tensor
+from hf_unlearn.extrapolation.checkpoint import (
+    DTYPE_CODES,
+    TORCH_DTYPES,
+    SafetensorsCheckpoint,
+    find_tensor,
+    resolve_model,
+)
 
+
+logger = logging.getLogger(__name__)
 
 MAX_TENSORS = 64
 MAX_ELEMENTS = 256
@@ -47,7 +57,8 @@ def fingerprint_model(model: nn.Module) -> BaseFingerprint | None:
         model (`torch.nn.Module`): The base model or a `PeftModel` around it. Under ZeRO-3, all ranks must call.
 
     Returns:
-        `BaseFingerprint` or `None`: `None` for a quantised base, whose stored values are not those of any file.
+        `BaseFingerprint` or `None`: `None` for a quantised base, whose live values are not those of its files; see
+            [`fingerprint_files_of`].
     """
     if is_quantised(model):
         return None
@@ -64,6 +75,28 @@ def fingerprint_files(checkpoint: SafetensorsCheckpoint) -> BaseFingerprint | No
     dtypes = {name: TORCH_DTYPES.get(checkpoint.info(name).dtype) for name in checkpoint.names()}
     dtypes = {name: dtype for name, dtype in dtypes.items() if dtype in FLOAT_DTYPES}
     return _build(dtypes, lambda name: _sample_file(checkpoint, name)) if dtypes else None
+
+
+def fingerprint_files_of(model: PreTrainedModel) -> BaseFingerprint | None:
+    """
+    Fingerprint of the files that a live model was loaded from: that of a base which is quantised as it is loaded, and
+    into whose files the adapter may be merged.
+
+    Args:
+        model (`PreTrainedModel`): The base model.
+
+    Returns:
+        `BaseFingerprint` or `None`: `None`, with a warning, where there are no such files.
+    """
+    name = model.config._name_or_path
+    try:
+        if not name:
+            raise UnlearningError("The configuration does not say where the model is from.")
+        folder = resolve_model(name, getattr(model.config, "_commit_hash", None))
+        return fingerprint_files(SafetensorsCheckpoint(folder))
+    except UnlearningError as error:
+        logger.warning(f"The quantised base has no fingerprint, so a later merge cannot check its base. {error}")
+        return None
 
 
 def verify_fingerprint(fingerprint: BaseFingerprint, read_tensor: Callable[[str], torch.Tensor | None]) -> None:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from hf_unlearn.errors import UnlearningError
@@ -30,6 +31,9 @@ from hf_unlearn.extrapolation.fingerprint import is_quantised
 from hf_unlearn.extrapolation.linearity import check_lora_config
 from hf_unlearn.extrapolation.model_config import set_config_dtype
 from hf_unlearn.extrapolation.provenance import write_provenance
+
+
+MAX_SHARD_SIZE = "50GB"  # the default of transformers' `save_pretrained`
 
 
 @contextmanager
@@ -84,6 +88,35 @@ def extrapolated(model: nn.Module, alpha: float) -> Iterator[None]:
                 module.training = flag
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of the weights only, as under ZeRO-3 and FSDP2."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def check_live_adapter(model: nn.Module) -> str:
+    """The name of the adapter of `model`; raise unless it is one plain LoRA that can be merged into the live base."""
+    if not isinstance(model, PeftModel) or len(model.active_adapters) != 1:
+        raise UnlearningError("`model` must be a `peft.PeftModel` with one active adapter. Set it with `set_adapter`.")
+    if is_quantised(model):
+        raise UnlearningError(
+            "The base model is quantised: adding the update would need it quantised again. Save the forget adapter "
+            "with `save_forget_adapter`, or merge into the 16- or 32-bit base with `extrapolate`."
+        )
+    adapter = model.active_adapters[0]
+    check_lora_config(model.peft_config[adapter])
+    for name, module in model.get_base_model().named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if not isinstance(module, LoraLinear):
+            raise UnlearningError(
+                f"The adapter on {name!r} is a {type(module).__name__}: only those on linear layers can be merged. "
+                "Leave the module out of `target_modules`."
+            )
+        if module.merged:
+            raise UnlearningError(f"The adapter on {name!r} is merged into the base already. Unmerge it first.")
+    return adapter
+
+
 @torch.no_grad()
 def merged_state_dict(
     model: PeftModel, alpha: float, dtype: torch.dtype | None = None
@@ -101,18 +134,15 @@ def merged_state_dict(
         model, and tied ones with each other), and what the cast cost.
     """
     alpha = check_alpha(alpha)
-    if not isinstance(model, PeftModel) or len(model.active_adapters) != 1:
-        raise UnlearningError("`model` must be a `peft.PeftModel` with one active adapter. Set it with `set_adapter`.")
-    if is_quantised(model):
+    adapter = check_live_adapter(model)
+    if is_sharded(model):
         raise UnlearningError(
-            "The base model is quantised: adding the update would need it quantised again. Save the forget adapter "
-            "with `save_forget_adapter`, or merge into the 16- or 32-bit base with `extrapolate`."
+            "The weights are sharded over the processes (ZeRO-3, FSDP2), and a state dict would hold all of them. "
+            "Write the model with `ExtrapolationTrainer.save_forget_model`, or save the adapter and merge it with "
+            "`extrapolate`."
         )
-    adapter = model.active_adapters[0]
-    check_lora_config(model.peft_config[adapter])
     base = model.get_base_model()
     layers = {name: module for name, module in base.named_modules() if isinstance(module, LoraLayer)}
-    _check_layers(layers)
     errors = RealisedError()
     casts: dict[tuple[int, torch.Size], torch.Tensor] = {}
     result = {}
@@ -140,6 +170,7 @@ def save_live_forget_model(
     adapter: LoraAdapter,
     dtype: str | None = None,
     overwrite: bool = False,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
 ) -> Path:
     """
     Write theta_for of a live model as a transformers checkpoint, without changing the model.
@@ -152,6 +183,8 @@ def save_live_forget_model(
         adapter (`LoraAdapter`): The same adapter as saved, for the record in `unlearning.json`.
         dtype (`str`, *optional*): Output dtype of the floating-point weights; that of the live ones if not given.
         overwrite (`bool`, *optional*, defaults to `False`): Replace `output_dir` if it is not empty.
+        max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): Largest size of a file, as in
+            `save_pretrained`.
 
     Returns:
         `Path`: The folder written.
@@ -161,29 +194,13 @@ def save_live_forget_model(
         state, errors = merged_state_dict(model, alpha, target)
         written = target or next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
         base = model.get_base_model()
-        base.save_pretrained(folder, state_dict=state)  # empties `state`
+        base.save_pretrained(folder, state_dict=state, max_shard_size=max_shard_size)  # empties `state`
         set_config_dtype(folder, written)
         tokenizer.save_pretrained(folder)
         write_provenance(
             folder, adapter.forget_provenance("forget-model", alpha, written, errors, adapter.provenance.get("base"))
         )
     return Path(output_dir)
-
-
-def _check_layers(layers: dict[str, LoraLayer]) -> None:
-    for name, layer in layers.items():
-        if not isinstance(layer, LoraLinear):
-            raise UnlearningError(
-                f"The adapter on {name!r} is a {type(layer).__name__}: only those on linear layers can be merged. "
-                "Leave the module out of `target_modules`."
-            )
-        if layer.merged:
-            raise UnlearningError(f"The adapter on {name!r} is merged into the base already. Unmerge it first.")
-        if not layer.get_base_layer().weight.numel():
-            raise UnlearningError(
-                f"The weight of {name!r} is partitioned over the ranks (ZeRO-3) and cannot be merged in place. Save "
-                "the adapter and merge it with `extrapolate`."
-            )
 
 
 def _live_delta(layer: LoraLinear, adapter: str) -> torch.Tensor:

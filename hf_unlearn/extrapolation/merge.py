@@ -1,10 +1,12 @@
 """
-`theta_ref - alpha * s * B @ A` from files to files: the base's shards are streamed, one tensor in memory at a time.
+`theta_ref - alpha * s * B @ A` from files to files: the base's shards are streamed in pieces of a few megabytes.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,32 @@ from tqdm.auto import tqdm
 
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.adapter import LoraAdapter
-from hf_unlearn.extrapolation.arithmetic import RealisedError, extrapolate_weight
-from hf_unlearn.extrapolation.checkpoint import INDEX_FILE, TORCH_DTYPES, atomic_folder, write_shard
+from hf_unlearn.extrapolation.arithmetic import (
+    COPY_BYTES,
+    PIECE_ELEMENTS,
+    RealisedError,
+    extrapolate_weight,
+    lora_delta,
+    row_pieces,
+)
+from hf_unlearn.extrapolation.checkpoint import (
+    INDEX_FILE,
+    TORCH_DTYPES,
+    SafetensorsFile,
+    TensorInfo,
+    atomic_folder,
+    write_shard,
+)
+from hf_unlearn.extrapolation.fingerprint import fingerprint_files
+from hf_unlearn.extrapolation.leftovers import clear_leftovers
 from hf_unlearn.extrapolation.model_config import CONFIG_FILE, set_config_dtype, write_json
 from hf_unlearn.extrapolation.plan import MergePlan, copied_files, plan_merge
 from hf_unlearn.extrapolation.provenance import write_provenance
+from hf_unlearn.extrapolation.remote import HubShard, verify_base
+
+
+# Where files are downloaded that are not to stay, within the temporary output folder.
+DOWNLOAD_FOLDER = ".download"
 
 
 @dataclass
@@ -59,9 +82,13 @@ def extrapolate(
     overwrite: bool = False,
     check_base: bool = True,
     progress: bool = True,
+    delete_cache: bool = False,
 ) -> MergeReport:
     """
     Write the forget model `theta_ref - alpha * s * B @ A` as a transformers checkpoint.
+
+    Weights of a base on the Hub that are not in the cache are downloaded one file at a time, after everything else has
+    been checked.
 
     Args:
         base (`str` or `Path`): Local folder or Hub id of the model the adapter was trained on.
@@ -74,11 +101,22 @@ def extrapolate(
         overwrite (`bool`, *optional*, defaults to `False`): Replace `output_dir` if it is not empty.
         check_base (`bool`, *optional*, defaults to `True`): Refuse a base that does not match the adapter's record.
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar over the bytes.
+        delete_cache (`bool`, *optional*, defaults to `False`): Keep weights that this call downloads only until they
+            are merged, beside the result instead of in the cache. What is in the cache already stays there.
 
     Returns:
         `MergeReport`: What was written, and how much of the update survived the cast.
     """
-    plan = plan_merge(base, adapter, alpha, output_dir, revision=revision, dtype=dtype, check_base=check_base)
+    plan = plan_merge(
+        base,
+        adapter,
+        alpha,
+        output_dir,
+        revision=revision,
+        dtype=dtype,
+        check_base=check_base,
+        delete_cache=delete_cache,
+    )
     _check_disk_space(plan)
     errors = RealisedError()
     with atomic_folder(output_dir, overwrite) as folder:
@@ -91,7 +129,10 @@ def extrapolate(
         )
         with bytes_done:
             for name in plan.checkpoint.shards:
-                _write_merged_shard(plan, name, folder / name, errors, bytes_done)
+                with _on_disk(plan, name, folder / DOWNLOAD_FOLDER, progress) as shard:
+                    _write_merged_shard(plan, shard, folder / name, errors, bytes_done)
+        if plan.base["fingerprint"] is None and not (plan.downloads and plan.delete_cache):
+            plan.base["fingerprint"] = fingerprint_files(plan.checkpoint)
         errors.refuse_no_op("Train the adapter for longer, choose a larger alpha, or pass `dtype='float32'`.")
         _write_small_files(plan, folder)
         provenance = plan.provenance(errors)
@@ -109,35 +150,72 @@ def extrapolate(
 
 
 def _check_disk_space(plan: MergePlan) -> None:
-    parent = plan.output_dir.expanduser().resolve()
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < plan.total_bytes:
-        raise UnlearningError(
-            f"The result needs {plan.total_bytes:,} bytes, {parent} has {free:,} free. Name another `output_dir`, "
-            "use a narrower `dtype`, or save the forget adapter with `save_forget_adapter`."
-        )
+    clear_leftovers(plan.output_dir.expanduser().resolve())
+    for folder, needed in plan.needed_space().items():
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            what = "The result and the files to download need" if plan.downloads else "The result needs"
+            remedy = "" if plan.delete_cache or not plan.downloads else "pass `delete_cache=True` (`--delete_cache`), "
+            raise UnlearningError(
+                f"{what} {needed:,} bytes, {folder} has {free:,} free. Name another `output_dir`, {remedy}use a "
+                "narrower `dtype`, or save the forget adapter with `save_forget_adapter`."
+            )
 
 
-def _write_merged_shard(plan: MergePlan, name: str, path: Path, errors: RealisedError, bytes_done: tqdm) -> None:
+@contextmanager
+def _on_disk(plan: MergePlan, name: str, temporary: Path, progress: bool) -> Iterator[SafetensorsFile]:
+    """A weights file of the base, downloaded and verified if it was not here."""
     shard = plan.checkpoint.shards[name]
+    if not isinstance(shard, HubShard):
+        yield shard
+        return
+    plan.checkpoint.shards[name] = shard.download(temporary if plan.delete_cache else None, progress)
+    if plan.verify:
+        verify_base(plan.base["fingerprint"], plan.checkpoint, name)
+    yield plan.checkpoint.shards[name]
+    if plan.delete_cache:
+        shutil.rmtree(temporary)
 
-    def read(tensor: str) -> torch.Tensor | np.ndarray:
+
+def _write_merged_shard(
+    plan: MergePlan, shard: SafetensorsFile, path: Path, errors: RealisedError, bytes_done: tqdm
+) -> None:
+    def read(tensor: str) -> Iterator[torch.Tensor | np.ndarray]:
         info = shard.tensors[tensor]
-        bytes_done.update(plan.output_bytes(info))
-        code = plan.output_dtype(info)
         if tensor in plan.adapted:
-            delta = plan.adapter.delta(plan.adapted[tensor])
-            return extrapolate_weight(tensor, shard.read(tensor), delta, plan.alpha, TORCH_DTYPES[code], errors)
-        if code != info.dtype:
-            return shard.read(tensor).to(TORCH_DTYPES[code])
-        return shard.read_bytes(tensor)
+            pieces = _merged_pieces(plan, shard, info, errors)
+        elif plan.output_dtype(info) != info.dtype:
+            pieces = _cast_pieces(shard, info, TORCH_DTYPES[plan.output_dtype(info)])
+        else:
+            pieces = shard.read_byte_pieces(tensor, COPY_BYTES)
+        for piece in pieces:
+            yield piece
+            bytes_done.update(piece.nbytes)
 
     entries = [
         (info.name, plan.output_dtype(info), info.shape, plan.output_bytes(info)) for info in shard.tensors.values()
     ]
     write_shard(path, entries, read, shard.metadata)
+
+
+def _merged_pieces(
+    plan: MergePlan, shard: SafetensorsFile, info: TensorInfo, errors: RealisedError
+) -> Iterator[torch.Tensor]:
+    """The forget model's rows of an adapted tensor."""
+    pair = plan.adapter.modules[plan.adapted[info.name]]
+    a, b = pair.A.float(), pair.B.float()
+    dtype = TORCH_DTYPES[plan.output_dtype(info)]
+    rows, columns = info.shape
+    for first, last in row_pieces(rows, columns):
+        weight = shard.read_elements(info.name, first * columns, (last - first) * columns).reshape(-1, columns)
+        factors = (a[:, first:last], b) if pair.fan_in_fan_out else (a, b[first:last])
+        delta = lora_delta(*factors, pair.scaling, pair.fan_in_fan_out)
+        yield extrapolate_weight(info.name, weight, delta, plan.alpha, dtype, errors)
+
+
+def _cast_pieces(shard: SafetensorsFile, info: TensorInfo, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    for first in range(0, info.numel, PIECE_ELEMENTS):
+        yield shard.read_elements(info.name, first, min(PIECE_ELEMENTS, info.numel - first)).to(dtype)
 
 
 def _write_small_files(plan: MergePlan, folder: Path) -> None:

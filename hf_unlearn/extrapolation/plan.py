@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.adapter import LoraAdapter, refuse_overwriting
-from hf_unlearn.extrapolation.arithmetic import FLOAT_DTYPES, RealisedError, check_alpha, parse_dtype
+from hf_unlearn.extrapolation.arithmetic import (
+    COPY_BYTES,
+    FLOAT_DTYPES,
+    RealisedError,
+    check_alpha,
+    parse_dtype,
+    row_pieces,
+)
 from hf_unlearn.extrapolation.checkpoint import (
     DTYPE_CODES,
     INDEX_FILE,
@@ -21,11 +30,11 @@ from hf_unlearn.extrapolation.checkpoint import (
     SafetensorsCheckpoint,
     TensorInfo,
     find_tensor,
-    resolve_model,
 )
-from hf_unlearn.extrapolation.fingerprint import fingerprint_files, verify_fingerprint_files
+from hf_unlearn.extrapolation.fingerprint import fingerprint_files
 from hf_unlearn.extrapolation.model_config import CONFIG_FILE, read_model_config
 from hf_unlearn.extrapolation.provenance import PROVENANCE_FILE
+from hf_unlearn.extrapolation.remote import HubShard, open_base, verify_base
 
 
 logger = logging.getLogger(__name__)
@@ -50,10 +59,13 @@ class MergePlan:
         dtype (`torch.dtype` or `None`): Output dtype; `None` keeps each tensor's.
         files (`dict`): File name -> size in bytes; that of JSON files is approximate.
         adapted (`dict`): Name of each tensor that changes -> module of the adapter.
-        peak_memory (`int`): Estimate of the memory the largest tensor needs, in bytes.
+        peak_memory (`int`): Estimate of the memory the merge needs besides Python and its libraries, in bytes.
         checkpoint (`SafetensorsCheckpoint`): The base.
         adapter (`LoraAdapter`): The memorising adapter.
-        base (`dict`): Id, revision and fingerprint of the base.
+        base (`dict`): Id, revision and fingerprint of the base; the last is `None` where it is not known yet.
+        downloads (`dict`): Name of each weights file that has to be downloaded -> size in bytes.
+        delete_cache (`bool`): Whether these files are kept only until they are merged.
+        verify (`bool`): Whether each of these files is checked against the adapter's record before it is merged.
     """
 
     output_dir: Path
@@ -65,11 +77,28 @@ class MergePlan:
     checkpoint: SafetensorsCheckpoint = field(repr=False)
     adapter: LoraAdapter = field(repr=False)
     base: dict[str, Any] = field(repr=False)
+    downloads: dict[str, int]
+    delete_cache: bool
+    verify: bool
+
+    @property
+    def download_bytes(self) -> int:
+        """Bytes to download."""
+        return sum(self.downloads.values())
 
     @property
     def total_bytes(self) -> int:
         """Disk space the result needs, in bytes."""
         return sum(self.files.values())
+
+    def needed_space(self) -> dict[Path, int]:
+        """Existing folder -> bytes needed on its disk. The files are downloaded beside the result if not kept."""
+        output = _existing(self.output_dir)
+        cache = _existing(Path(constants.HF_HUB_CACHE))
+        if self.delete_cache or not self.downloads or os.stat(output).st_dev == os.stat(cache).st_dev:
+            kept = max(self.downloads.values(), default=0) if self.delete_cache else self.download_bytes
+            return {output: self.total_bytes + kept}
+        return {output: self.total_bytes, cache: self.download_bytes}
 
     def output_dtype(self, info: TensorInfo) -> str:
         """Safetensors code of the dtype in which a tensor of the base is written: only 16- to 64-bit floats change."""
@@ -97,17 +126,19 @@ def plan_merge(
     revision: str | None = None,
     dtype: str | torch.dtype | None = None,
     check_base: bool = True,
+    delete_cache: bool = False,
 ) -> MergePlan:
     """
-    Everything [`extrapolate`] checks and decides, without writing: the arguments are the same.
+    Everything [`extrapolate`] checks and decides, without writing: the arguments are the same. Of a base on the Hub,
+    small files and the headers of the weights are downloaded.
 
     Returns:
         `MergePlan`: Files, sizes, adapted tensors and a memory estimate.
     """
     alpha = check_alpha(alpha)
     dtype = None if dtype is None else parse_dtype(dtype)
-    folder = resolve_model(base, revision)
-    checkpoint = SafetensorsCheckpoint(folder)
+    checkpoint = open_base(base, revision)
+    folder = checkpoint.folder
     if not isinstance(adapter, LoraAdapter):
         adapter = LoraAdapter.load(adapter)
     adapter.refuse_forget_adapter()
@@ -119,6 +150,9 @@ def plan_merge(
         logger.warning("The base model is not checked against the adapter's fingerprint (`check_base=False`).")
     if folder.parent.name == "snapshots":  # a Hub download: the folder is named after the commit
         revision = folder.name
+    downloads = {name: shard.size for name, shard in checkpoint.shards.items() if isinstance(shard, HubShard)}
+    if fingerprint is None and not downloads:
+        fingerprint = fingerprint_files(checkpoint)
     plan = MergePlan(
         output_dir=Path(output_dir),
         alpha=alpha,
@@ -128,7 +162,10 @@ def plan_merge(
         peak_memory=0,
         checkpoint=checkpoint,
         adapter=adapter,
-        base={"id": str(base), "revision": revision, "fingerprint": fingerprint or fingerprint_files(checkpoint)},
+        base={"id": str(base), "revision": revision, "fingerprint": fingerprint},
+        downloads=downloads,
+        delete_cache=delete_cache,
+        verify=check_base and fingerprint is not None,
     )
     _measure(plan)
     return plan
@@ -176,7 +213,7 @@ def _check_config(folder: Path, adapter: LoraAdapter) -> None:
 
 
 def _check_base(checkpoint: SafetensorsCheckpoint, adapter: LoraAdapter) -> dict[str, Any] | None:
-    """Verify the base against the adapter's record, and return the recorded fingerprint if there is one."""
+    """Verify what is here of the base against the adapter's record, and return the recorded fingerprint, if any."""
     fingerprint = (adapter.provenance.get("base") or {}).get("fingerprint")
     if fingerprint is None:
         logger.warning(
@@ -184,7 +221,7 @@ def _check_base(checkpoint: SafetensorsCheckpoint, adapter: LoraAdapter) -> dict
             "model it was trained on cannot be checked."
         )
         return None
-    verify_fingerprint_files(fingerprint, checkpoint)
+    verify_base(fingerprint, checkpoint)
     return fingerprint
 
 
@@ -192,15 +229,31 @@ def _measure(plan: MergePlan) -> None:
     """Fill in the sizes of the files to write and the memory estimate."""
     for name, shard in plan.checkpoint.shards.items():
         plan.files[name] = sum(plan.output_bytes(info) for info in shard.tensors.values())
-        for info in shard.tensors.values():
-            # base, update, sum, realised update and their difference are in fp32 at the same time
-            working = 5 * FP32_BYTES * info.numel if info.name in plan.adapted else 0
-            plan.peak_memory = max(plan.peak_memory, info.nbytes + plan.output_bytes(info) + working)
+        plan.peak_memory = max([plan.peak_memory, *(_working_set(plan, info) for info in shard.tensors.values())])
     for path in [plan.checkpoint.folder / CONFIG_FILE, *copied_files(plan.checkpoint.folder)]:
         plan.files[str(path.relative_to(plan.checkpoint.folder))] = path.stat().st_size
     if plan.checkpoint.index:
         plan.files[INDEX_FILE] = (plan.checkpoint.folder / INDEX_FILE).stat().st_size
     plan.files[PROVENANCE_FILE] = len(json.dumps(plan.provenance(RealisedError()), indent=2))
+
+
+def _working_set(plan: MergePlan, info: TensorInfo) -> int:
+    """Bytes in memory while tensor `info` is copied or merged, piece by piece."""
+    if info.name not in plan.adapted:
+        return 2 * min(info.nbytes + plan.output_bytes(info), COPY_BYTES)
+    rows, columns = info.shape
+    piece = max(last - first for first, last in row_pieces(rows, columns)) * columns
+    pair = plan.adapter.modules[plan.adapted[info.name]]
+    factors = [pair.file.tensors[name] for name in (pair.name_a, pair.name_b)]
+    # stored and result, earlier and present; in fp32 base, update, sum, realised update and their difference
+    working = piece * (2 * (info.nbytes + plan.output_bytes(info)) // info.numel + 5 * FP32_BYTES)
+    return working + sum(factor.nbytes + FP32_BYTES * factor.numel for factor in factors)
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    path = path.expanduser().resolve()
+    return path if path.exists() else _existing(path.parent)
 
 
 def copied_files(folder: Path) -> list[Path]:

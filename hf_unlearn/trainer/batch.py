@@ -34,6 +34,7 @@ class MicroBatch:
 
     def __init__(self, inputs: dict[str, torch.Tensor]) -> None:
         self.is_forget = inputs["is_forget"]
+        self.rows = inputs["rows"]  # number of each row in its set
         self.model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         self.labels = inputs["labels"][:, 1:]
         scored = self.labels != -100
@@ -55,13 +56,14 @@ class MicroBatch:
         labels = F.pad(self.labels, (1, 0), value=-100)
         inputs = {**self.model_inputs, "labels": labels}
         return MicroBatch(
-            {name: value[keep, :length] for name, value in inputs.items()} | {"is_forget": self.is_forget[keep]}
+            {name: value[keep, :length] for name, value in inputs.items()}
+            | {"is_forget": self.is_forget[keep], "rows": self.rows[keep]}
         )
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the reference says of a micro-batch."""
+    """What the reference says of a micro-batch, as far as it was asked."""
 
-    retain_hidden: torch.Tensor  # (N_retain, H)
+    retain_hidden: torch.Tensor | None  # (N_retain, H)
     forget_log_probs: torch.Tensor | None  # (N_forget,)

@@ -43,16 +43,16 @@ class EvaluationCallback(TrainerCallback):
         alpha (`float`, *optional*, defaults to `1.0`):
             Extrapolation strength.
         generate (`bool`, *optional*, defaults to `False`):
-            Whether to generate answers too, which takes longer than all the rest. Not with weights sharded by ZeRO-3
-            or FSDP.
+            Whether to generate answers too, which takes longer than all the rest.
         retrained ([`Evaluation`], *optional*):
             Log of a model retrained without the forget set.
         batch_size (`int` or `"auto"`, *optional*, defaults to `"auto"`):
-            Rows in a batch.
+            Rows in a batch. A batch that does not fit the memory is halved, but not with weights sharded by ZeRO-3 or
+            FSDP2, where it is an error.
 
     Raises:
         [`~hf_unlearn.errors.UnlearningError`]: the best checkpoint is to be chosen by a metric that the evaluations
-            will not have, or answers are to be generated with sharded weights.
+            will not have.
 
     Example:
 
@@ -71,12 +71,6 @@ class EvaluationCallback(TrainerCallback):
         retrained: Evaluation | None = None,
         batch_size: BatchSize = "auto",
     ) -> None:
-        if generate and _shards_weights(trainer):
-            raise UnlearningError(
-                "generate=True is not possible with weights sharded by ZeRO-3 or FSDP: each process answers rows of "
-                "its own, and would wait forever for the others' parts of the weights. Leave it False and generate "
-                "answers after training, or train under DDP or ZeRO-2."
-            )
         self.trainer = trainer
         self.alpha = alpha
         self.generate = generate
@@ -150,10 +144,3 @@ class EvaluationCallback(TrainerCallback):
         sets = self.trainer.eval_dataset
         prefixes = [f"eval_{name}" for name in sets] if isinstance(sets, dict) else ["eval"]
         return {f"{prefix}_{metric}" for prefix in prefixes for metric in METRICS_OF_A_SET}
-
-
-def _shards_weights(trainer: UnlearningTrainer) -> bool:
-    """Whether no process holds all weights, so that all processes must run the same forwards."""
-    if trainer.is_deepspeed_enabled:
-        return trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-    return trainer.is_fsdp_enabled

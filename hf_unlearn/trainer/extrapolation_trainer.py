@@ -12,7 +12,8 @@ from peft import PeftModel
 from torch import nn
 
 from hf_unlearn.extrapolation.adapter import LoraAdapter, save_forget_adapter
-from hf_unlearn.extrapolation.live import extrapolated, save_live_forget_model
+from hf_unlearn.extrapolation.live import MAX_SHARD_SIZE, extrapolated, is_sharded, save_live_forget_model
+from hf_unlearn.extrapolation.sharded import failing_together, save_sharded_forget_model
 from hf_unlearn.lm_head import LMHead
 from hf_unlearn.losses import cross_entropy, npo_memorization
 from hf_unlearn.trainer.batch import ForgetTokens, MicroBatch
@@ -97,28 +98,41 @@ class ExtrapolationTrainer(UnlearningTrainer):
             yield self.peft_model
 
     def save_forget_model(
-        self, output_dir: str | Path, alpha: float | None = None, dtype: str | None = None, overwrite: bool = False
+        self,
+        output_dir: str | Path,
+        alpha: float | None = None,
+        dtype: str | None = None,
+        overwrite: bool = False,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
     ) -> Path:
         """
-        Write the forget model as a plain transformers folder. Every process has to call it.
+        Write the forget model as a plain transformers folder. Every process has to call it. Where the weights are
+        sharded over the processes (ZeRO-3, FSDP2) one tensor is gathered at a time.
 
         Args:
             output_dir (`str` or `Path`): Folder to write; it appears only once it is whole.
             alpha (`float`, *optional*, defaults to `args.alpha`): Extrapolation strength.
             dtype (`str`, *optional*): `"float32"`, `"bfloat16"` or `"float16"`; the model's own if not given.
             overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing folder.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"50GB"`): Largest size of a file of weights.
         """
+        model = self.peft_model
+        alpha = self.args.alpha if alpha is None else alpha
         with self._saved_adapter() as adapter:
-            if self.is_world_process_zero():
-                save_live_forget_model(
-                    self.peft_model,
-                    self.args.alpha if alpha is None else alpha,
-                    output_dir,
-                    tokenizer=self.processing_class,
-                    adapter=adapter,
-                    dtype=dtype,
-                    overwrite=overwrite,
-                )
+            options = {
+                "tokenizer": self.processing_class,
+                "adapter": adapter,
+                "dtype": dtype,
+                "overwrite": overwrite,
+                "max_shard_size": max_shard_size,
+            }
+            if is_sharded(model):
+                progress = not self.args.disable_tqdm
+                save_sharded_forget_model(model, alpha, output_dir, progress=progress, **options)
+                return Path(output_dir)
+            with failing_together():
+                if self.is_world_process_zero():
+                    save_live_forget_model(model, alpha, output_dir, **options)
         return Path(output_dir)
 
     def save_forget_adapter(self, output_dir: str | Path, alpha: float | None = None, overwrite: bool = False) -> Path:
@@ -131,11 +145,10 @@ class ExtrapolationTrainer(UnlearningTrainer):
             alpha (`float`, *optional*, defaults to `args.alpha`): Extrapolation strength.
             overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing folder.
         """
-        with self._saved_adapter() as adapter:
+        alpha = self.args.alpha if alpha is None else alpha
+        with self._saved_adapter() as adapter, failing_together():
             if self.is_world_process_zero():
-                save_forget_adapter(
-                    adapter, self.args.alpha if alpha is None else alpha, output_dir, overwrite=overwrite
-                )
+                save_forget_adapter(adapter, alpha, output_dir, overwrite=overwrite)
         return Path(output_dir)
 
     @contextmanager
@@ -144,8 +157,8 @@ class ExtrapolationTrainer(UnlearningTrainer):
         with TemporaryDirectory(prefix="memorising-adapter-") as folder:
             self.save_model(folder)
             adapter = None
-            if self.is_world_process_zero():
-                adapter = LoraAdapter.load(folder)
-                adapter.id = str(self.args.output_dir)  # where the trainer keeps it
+            with failing_together():
+                if self.is_world_process_zero():
+                    adapter = LoraAdapter.load(folder)
+                    adapter.id = str(self.args.output_dir)  # where the trainer keeps it
             yield adapter
-            self.accelerator.wait_for_everyone()

@@ -29,6 +29,10 @@ class UnlearningConfig(SFTConfig):
             forget model lies.
         retain_per_forget (`int`, *optional*, defaults to `1`):
             Retain rows that accompany each forget row. An epoch is one pass over the forget set.
+        reference_cache (`bool`, *optional*):
+            Whether to compute what the reference says of each row once and read it from a memory-mapped file in
+            `output_dir` ever after, instead of running the reference in every step. If not set, it is used where the
+            rows are met twice or more and the file takes at most a tenth of the free disk.
         disable_dropout (`bool`, *optional*, defaults to `True`):
             Whether to switch off the dropout of the base model, so that the retain term starts at zero. `lora_dropout`
             stays as configured.
@@ -67,6 +71,14 @@ class UnlearningConfig(SFTConfig):
     retain_per_forget: int = field(
         default=1,
         metadata={"help": "Retain rows that accompany each forget row. An epoch is one pass over the forget set."},
+    )
+    reference_cache: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether to compute what the reference says of each row once and read it from a memory-mapped file "
+            "in `output_dir` ever after, instead of running the reference in every step. If not set, it is used where "
+            "the rows are met twice or more and the file takes at most a tenth of the free disk."
+        },
     )
     disable_dropout: bool = field(
         default=True,

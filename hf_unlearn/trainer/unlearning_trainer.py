@@ -7,13 +7,16 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -29,13 +32,17 @@ from hf_unlearn.data.loading import load_rows
 from hf_unlearn.data.pairing import PairCollator, PairedDataset
 from hf_unlearn.data.tokenization import encode_set
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.extrapolation.fingerprint import fingerprint_model
+from hf_unlearn.extrapolation.fingerprint import fingerprint_files_of, fingerprint_model, is_quantised
 from hf_unlearn.extrapolation.linearity import check_lora_config, check_target_modules
-from hf_unlearn.extrapolation.live import adapter_scale
+from hf_unlearn.extrapolation.live import adapter_scale, is_sharded
 from hf_unlearn.extrapolation.provenance import package_versions, write_provenance
+from hf_unlearn.extrapolation.sharded import whole_adapter
 from hf_unlearn.lm_head import LMHead, TokenScores, add_score_fn_to_forward
+from hf_unlearn.quantisation import check_quantization, prepare_quantised
 from hf_unlearn.trainer.batch import ForgetTokens, MicroBatch, Reference
 from hf_unlearn.trainer.evaluation_callback import EvaluationCallback
+from hf_unlearn.trainer.processes import EvenSampler, check_launch
+from hf_unlearn.trainer.reference_cache import ReferenceCache, free_disk, num_local_processes, plan_cache
 from hf_unlearn.trainer.unlearning_config import UnlearningConfig
 
 
@@ -63,6 +70,10 @@ class _RunCallback(TrainerCallback):
             )
         seen = [log["num_tokens"] for log in state.log_history if "num_tokens" in log]
         self.trainer._total_train_tokens = seen[-1] if seen else 0
+        self.trainer._start_reference_cache()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._reference_cache = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # accelerate forwards `set_epoch` to a dataset in one process, but not in several.
@@ -136,6 +147,7 @@ class UnlearningTrainer(SFTTrainer):
             raise UnlearningError(
                 f"`args` is a {type(args).__name__}; {type(self).__name__} needs a {self.config_class.__name__}."
             )
+        check_launch(args)
         if forget_dataset is None:
             raise UnlearningError("`forget_dataset` is required: the rows that must go.")
         self.uses_retain = args.retain_kl_weight > 0
@@ -145,6 +157,7 @@ class UnlearningTrainer(SFTTrainer):
                 "one, or set retain_kl_weight=0 for a plain task vector."
             )
         peft_config = self._checked_peft_config(model, peft_config)
+        check_quantization(model, quantization_config, args.model_init_kwargs)
         if processing_class is None:
             processing_class = _load_tokenizer(model, args)
         self.data_report = self._prepare_sets(forget_dataset, retain_dataset, processing_class, args)
@@ -165,8 +178,10 @@ class UnlearningTrainer(SFTTrainer):
         check_target_modules(base, peft_config)
         if args.disable_dropout:
             _disable_base_dropout(self.model)
+        if is_quantised(base):
+            prepare_quantised(self.peft_model)
         add_score_fn_to_forward(base)
-        self.base_fingerprint = fingerprint_model(self.peft_model)
+        self.base_fingerprint = fingerprint_model(self.peft_model) or fingerprint_files_of(base)
         retain = self.retain_dataset if self.uses_retain else self.forget_dataset.select([])
         self.train_dataset = PairedDataset(
             self.forget_dataset, retain, args.retain_per_forget if self.uses_retain else 0, seed=args.seed
@@ -175,6 +190,7 @@ class UnlearningTrainer(SFTTrainer):
         self.add_callback(_RunCallback(self))
         self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self._is_evaluating = False
+        self._reference_cache: ReferenceCache | None = None
 
     # ---- What a method defines ----
 
@@ -238,6 +254,13 @@ class UnlearningTrainer(SFTTrainer):
         if self._signature_columns is None:
             self._signature_columns = ["input_ids", "labels", "forget", "retain"]
 
+    def _get_train_sampler(self, train_dataset: PairedDataset | None = None) -> Sampler[int]:
+        sampler = super()._get_train_sampler(train_dataset)
+        if self.args.world_size == 1:
+            return sampler
+        rows = self.args.train_batch_size * self.args.world_size
+        return EvenSampler(sampler, self.train_dataset, self.args.data_seed, rows)
+
     # ---- One step ----
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch=None):
@@ -259,7 +282,7 @@ class UnlearningTrainer(SFTTrainer):
         if "is_forget" not in inputs:  # an evaluation set
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         batch = MicroBatch(inputs)
-        reference = self._reference_pass(model, batch) if self.uses_retain or self.needs_forget_reference else None
+        reference = self._reference_of(model, batch)
         self._probe(model, batch)
 
         def score(hidden: torch.Tensor, head: LMHead) -> tuple[TokenScores, torch.Tensor, torch.Tensor]:
@@ -286,25 +309,59 @@ class UnlearningTrainer(SFTTrainer):
             retain_token_accuracy=retain_is_top1.sum(),
             forget_tokens=forget.is_top1.numel(),
             retain_tokens=retain_is_top1.numel(),
-            num_tokens=inputs["attention_mask"].sum(),
+            num_tokens=inputs["attention_mask"][(inputs["labels"] != -100).any(1)].sum(),
         )
         # The counts are those of all processes, and DDP averages gradients over the processes.
         return loss * self.accelerator.num_processes
 
-    def _reference_pass(self, model: nn.Module, batch: MicroBatch) -> Reference:
-        """Run the untouched model (adapter off, no gradient, no dropout) over the rows that need it."""
-        rows = batch if self.needs_forget_reference else batch.retain_rows_only
+    def _reference_of(self, model: nn.Module, batch: MicroBatch) -> Reference | None:
+        """What the reference says of the rows for which it is asked."""
+        if self._reference_cache is not None:
+            return self._reference_cache.of(batch)
+        if self.needs_forget_reference:
+            return self._reference_pass(model, batch)
+        return self._reference_pass(model, batch.retain_rows_only) if self.uses_retain else None
+
+    def _reference_pass(self, model: nn.Module, rows: MicroBatch) -> Reference:
+        """Run the untouched model (adapter off, no gradient, no dropout) over rows."""
 
         def score(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, torch.Tensor | None]:
             hidden = hidden[:, :-1]
             log_probs = None
             if self.needs_forget_reference:
-                targets = rows.labels[rows.forget_at]
-                log_probs = head.score(hidden[rows.forget_at], targets, self.forget_temperature).log_probs
+                log_probs = head.score(hidden[rows.forget_at], rows.forget_targets, self.forget_temperature).log_probs
             return hidden[rows.retain_at], log_probs
 
         with torch.no_grad(), self.peft_model.disable_adapter(), _eval_mode(model):
             return Reference(*model(**rows.model_inputs, score_fn=score))
+
+    def _start_reference_cache(self) -> None:
+        """Fill the reference cache where it was asked for or pays."""
+        self._reference_cache = None
+        sets = ["retain"] * self.uses_retain + ["forget"] * self.needs_forget_reference
+        if self.args.reference_cache is False or not sets:
+            return
+        machines = self.accelerator.num_processes // num_local_processes(self.accelerator)
+        hidden_size = self.peft_model.get_base_model().config.get_text_config().hidden_size
+        plan = plan_cache(self.train_dataset, sets, self._epochs_to_come(), hidden_size, machines)
+        pays = self.args.reference_cache or plan.pays(free_disk(self.args.output_dir))
+        if not broadcast_object_list([pays])[0]:  # free disks differ between machines
+            return
+        self._reference_cache = ReferenceCache(
+            plan,
+            self.train_dataset,
+            partial(self._reference_pass, self.model_wrapped),
+            self.data_collator,
+            self.accelerator,
+            self.args.output_dir,
+            batch_size=self.args.per_device_train_batch_size * self.args.retain_per_forget,
+            progress=not self.args.disable_tqdm,
+        )
+
+    def _epochs_to_come(self) -> float:
+        """Passes over the forget set that a run with its `max_steps` makes."""
+        rows_a_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        return self.state.max_steps / math.ceil(len(self.forget_dataset) / rows_a_step)
 
     def _probe(self, model: nn.Module, batch: MicroBatch) -> None:
         """A method may measure something else on the batch before the gradient forward."""
@@ -404,6 +461,7 @@ class UnlearningTrainer(SFTTrainer):
     def provenance(self) -> dict[str, Any]:
         """What `unlearning.json` says of a saved adapter: base, data, training options, versions."""
         config = self.peft_model.get_base_model().config
+        quantization = config.to_dict().get("quantization_config")
         report = self.data_report.to_dict()
         sets = {"forget": self.forget_dataset, "retain": self.retain_dataset}
         return {
@@ -413,6 +471,7 @@ class UnlearningTrainer(SFTTrainer):
                 "id": config._name_or_path,
                 "revision": getattr(config, "_commit_hash", None),
                 "fingerprint": self.base_fingerprint,
+                **({"quantization_config": quantization} if quantization else {}),
             },
             "data": {
                 name: {"rows": len(rows), "sha256": data_hash(rows)} for name, rows in sets.items() if rows is not None
@@ -421,6 +480,14 @@ class UnlearningTrainer(SFTTrainer):
             "training": self.args.provenance(),
             "versions": package_versions(),
         }
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter, whole, whatever the layout of the processes. Every process has to call it."""
+        if not is_sharded(self.peft_model):
+            super().save_model(output_dir, _internal_call)
+            return
+        # transformers would gather the frozen base as well, or, depending on the launch configuration, save no adapter.
+        self._save(output_dir, whole_adapter(self.peft_model))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ class TestHelp:
     def test_optional_packages_are_not_imported_unasked(self):
         code = (
             "import sys, hf_unlearn.trainer, hf_unlearn.cli.train, hf_unlearn.cli.sweep, hf_unlearn.cli.extrapolate\n"
-            "print(sorted({'deepspeed', 'bitsandbytes', 'gradio', 'lm_eval'} & set(sys.modules)))"
+            "print(sorted({'deepspeed', 'gradio', 'lm_eval'} & set(sys.modules)))"
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert result.stdout.strip() == "[]"
@@ -81,6 +82,28 @@ class TestBadInput:
             (["train", "--model_name_or_path", "nobody/nothing", "--output_dir", "x", "--dry_run"], "nobody/nothing"),
             (["train", "--packing", "true", "--output_dir", "x"], "packing"),
             (["train", "--model_name_or_path", "MODEL", "--resume", "--output_dir", "x"], "--resume"),
+            (
+                ["train", "--model_name_or_path", "MODEL", "--output_dir", "x", "--load_in_4bit", "--dtype", "auto"],
+                "--dtype auto",
+            ),
+            (
+                [
+                    "train",
+                    "--model_name_or_path",
+                    "MODEL",
+                    "--output_dir",
+                    "x",
+                    "--eval_strategy",
+                    "epoch",
+                    "--eval_batch_size",
+                    "none",
+                ],
+                "--eval_batch_size none",
+            ),
+            (
+                ["train", "--model_name_or_path", "MODEL", "--output_dir", "x", "--eval_batch_size", "2"],
+                "eval_batch_size",
+            ),
             (
                 ["train", "--model_name_or_path", "MODEL", "--use_dora", "--output_dir", "x", "--forget_dataset", "F"],
                 "use_dora",
@@ -175,7 +198,21 @@ class TestTrain:
         assert "65,856 parameters" in text
         assert "29,696 parameters" in text  # rank 16 on the seven projections of two layers
         assert "10 (1 an epoch)" in text
+        assert re.search(r"reference cache: +\d+ rows, each met [\d.]+ times: at most [\d.]+ MB in ", text)
         assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize(
+        ("options", "line"),
+        [
+            # in the only epoch each of 6 forget rows meets another retain row
+            (["--num_train_epochs", "1"], "off (6 rows, each met 1.0 times; it would take at most 0.0 MB"),
+            (["--reference_cache", "false"], "off ("),
+            (["--retain_kl_weight", "0"], "none, as nothing is asked of the reference"),
+        ],
+    )
+    def test_dry_run_says_whether_the_reference_is_cached(self, files, tmp_path, capsys, options, line):
+        assert main(train_arguments(files, tmp_path / "run", "--dry_run", *options)) == 0
+        assert f"reference cache:  {line}" in capsys.readouterr().out
 
     def test_dry_run_finds_bad_rows(self, files, tmp_path, capsys):
         bad = write_rows(tmp_path / "bad.jsonl", [*tiny_rows(2, 1), {"prompt": "w5", "completion": ""}])
@@ -234,7 +271,10 @@ class TestExtrapolate:
     def test_dry_run_writes_nothing(self, adapter, tmp_path, capsys):
         arguments = ["extrapolate", "--adapter", adapter, "--alpha", "2", "--output_dir", str(tmp_path / "m")]
         assert main([*arguments, "--dry_run"]) == 0
-        assert "model.safetensors" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "model.safetensors" in printed
+        assert "Download: 0.0 MB in 0 files" in printed
+        assert re.search(rf"Disk space needed: [\d.]+ MB in {tmp_path}\.\nPeak memory: about \d+ MB", printed)
         assert not (tmp_path / "m").exists()
 
     def test_dry_run_of_an_adapter(self, adapter, tmp_path, capsys):
@@ -242,6 +282,8 @@ class TestExtrapolate:
         assert main([*arguments, "--alpha", "2", "--dry_run"]) == 0
         assert "adapter_model.safetensors" in capsys.readouterr().out
         assert main([*arguments, "--alpha", "-2", "--dry_run"]) == 2
+        assert main([*arguments, "--alpha", "2", "--delete_cache"]) == 2
+        assert "--delete_cache has no effect with --format adapter" in capsys.readouterr().err
         assert not (tmp_path / "a").exists()
 
     def test_an_existing_folder_is_kept_unless_asked(self, adapter, tmp_path, capsys):

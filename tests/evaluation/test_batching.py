@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.batching import run_in_batches
 
 
@@ -101,6 +103,13 @@ class TestMemory:
         with warnings.catch_warnings(), pytest.raises(torch.cuda.OutOfMemoryError):
             warnings.simplefilter("ignore")
             run_in_batches([1] * 8, run, batch_size=8, max_tokens=1)
+
+    def test_a_batch_that_runs_on_sharded_weights_is_not_halved(self):
+        """The other processes wait for a pass of this one; it could not be taken back in them."""
+        run, done = self.run(lambda indices: len(indices) <= 3)
+        with pytest.raises(UnlearningError, match="A batch of 8 rows .*`batch_size`"):
+            run_in_batches([1] * 8, run, batch_size=8, max_tokens=1, lockstep=nullcontext())
+        assert not done
 
     def test_other_errors_are_not_swallowed(self):
         tried = []

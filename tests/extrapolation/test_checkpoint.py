@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -55,6 +59,10 @@ def test_reads_what_safetensors_wrote(tmp_path):
         assert_same(file.read(name), tensor)
         assert_same(file.read_sample(name, 2), tensor.reshape(-1)[::2].clone(memory_format=torch.contiguous_format))
         assert file.read_bytes(name).nbytes == tensor.nbytes
+        pieces = list(file.read_byte_pieces(name, 3))
+        assert b"".join(pieces) == file.read_bytes(name).tobytes() and all(0 < len(piece) <= 3 for piece in pieces)
+    assert_same(file.read_elements("c.f32", 1, 4), TENSORS["c.f32"].reshape(-1)[1:5])
+    assert_same(file.read_elements("e.bf16", 5, 2), TENSORS["e.bf16"][5:])
 
 
 def test_safetensors_reads_what_is_written(tmp_path):
@@ -70,6 +78,47 @@ def test_safetensors_reads_what_is_written(tmp_path):
     content = (tmp_path / "y.safetensors").read_bytes()
     assert int.from_bytes(content[:8], "little") % 8 == 0
     assert_same(load_file(tmp_path / "y.safetensors")["e.bf16"], TENSORS["e.bf16"])
+
+
+@pytest.mark.parametrize("size", [1, 2, 100])
+def test_pieces_make_up_the_same_file(tmp_path, size):
+    save_file(TENSORS, tmp_path / "x.safetensors")
+    infos = SafetensorsFile(tmp_path / "x.safetensors").tensors.values()
+    entries = [(info.name, info.dtype, info.shape, info.nbytes) for info in infos]
+    write_shard(tmp_path / "y.safetensors", entries, TENSORS.__getitem__)
+    write_shard(tmp_path / "z.safetensors", entries, lambda name: TENSORS[name].reshape(-1).split(size))
+    assert (tmp_path / "y.safetensors").read_bytes() == (tmp_path / "z.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(2), torch.zeros(1)], []])
+def test_wrong_number_of_bytes_is_an_error(tmp_path, content):
+    with pytest.raises(RuntimeError, match="'x' has (12|0) bytes where 8 were announced"):
+        write_shard(tmp_path / "x.safetensors", [("x", "F32", (2,), 8)], lambda name: content)
+
+
+def test_a_tensor_is_written_before_the_next_is_made(tmp_path):
+    path, size = tmp_path / "x.safetensors", 32 << 20
+    made: list[str] = []
+
+    def read(name: str) -> torch.Tensor:
+        assert path.stat().st_size >= len(made) * size
+        made.append(name)
+        return torch.zeros(size // 4)
+
+    write_shard(path, [(name, "F32", (size // 4,), size) for name in "abc"], read)
+    assert made == ["a", "b", "c"]
+
+
+def test_one_piece_is_written_while_the_next_is_made(tmp_path):
+    path, size, count = tmp_path / "x.safetensors", 8 << 20, 12
+
+    def pieces(name: str) -> Iterator[torch.Tensor]:
+        for number in range(count):
+            assert path.stat().st_size >= (number - 1) * size
+            yield torch.zeros(size // 4)
+
+    write_shard(path, [("x", "F32", (count * size // 4,), count * size)], pieces)
+    assert path.stat().st_size > count * size
 
 
 def test_dtypes_unknown_to_torch_are_copied(tmp_path):
@@ -203,6 +252,45 @@ def test_failed_move_restores_the_old_folder(tmp_path, monkeypatch):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (final / "old").read_text() == "old"
+
+
+def test_leftovers_of_dead_processes_of_this_host_are_removed(tmp_path, caplog):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    host, dead, alive = platform.node(), ended.pid, os.getpid()
+    removed = [f".out.tmp-{host}-{dead}-00000000", f".out.old-{host}-{dead}-00000000"]
+    kept = [
+        f".out.tmp-{host}-{alive}-00000000",
+        f".out.old-{host}-{alive}-00000000",
+        f".out.tmp-other-{host}-{dead}-00000000",
+        f".out.old-other-{host}-{dead}-00000000",
+        f".out.tmp-{host}-{dead}-mine",
+        f".out2.tmp-{host}-{dead}-00000000",
+        ".out.cache",
+    ]
+    for name in [*removed, *kept, "out"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    with atomic_folder(tmp_path / "out", overwrite=True) as folder:
+        (folder / "new").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "out"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2 and all("other-" in warning and "Delete it" in warning for warning in warnings)
+
+
+def test_a_folder_set_aside_by_a_dead_process_returns(tmp_path, caplog):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    suffix = f"{platform.node()}-{ended.pid}-0123abcd"
+    for kind in ("old", "tmp"):
+        (tmp_path / f".out.{kind}-{suffix}").mkdir()
+        (tmp_path / f".out.{kind}-{suffix}" / kind).write_text(kind)
+    with pytest.raises(UnlearningError, match="not empty"), atomic_folder(tmp_path / "out"):
+        pass
+    assert "the old folder is back in its place" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "old").read_text() == "old"
 
 
 def test_provenance_file(tmp_path):

@@ -156,6 +156,13 @@ def test_merged_state_dict_of_a_quantised_base():
         merged_state_dict(add_adapter(model), 1)
 
 
+def test_merged_state_dict_of_sharded_weights():
+    model = add_adapter(build_llama())
+    model.get_base_model().model.norm.weight.ds_id = 0  # as ZeRO-3 marks what it shards
+    with pytest.raises(UnlearningError, match=r"sharded over the processes.*save_forget_model"):
+        merged_state_dict(model, 1)
+
+
 def test_merged_state_dict_without_effect():
     with pytest.raises(UnlearningError, match="Not one weight changed"):
         merged_state_dict(add_adapter(build_llama(), std=0.0), 1)
