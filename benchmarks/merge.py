@@ -6,8 +6,8 @@ Time the streamed merge, and compare it with copying the same bytes and with PEF
     taskset -c 0 python benchmarks/merge.py --folder SCRATCH --dtype float32    # the same in fp32, 6.4 GB
     taskset -c 0 python benchmarks/merge.py --folder SCRATCH --num_layers 6     # tensors of the same shapes, fewer
 
-Makes a random Llama checkpoint and a LoRA adapter on all its linear layers, once. Each way then runs in processes of its
-own, in turns: `merge` is this package, `copy` is `shutil.copyfile` of every file, `peft` loads, merges and saves with
+Makes a random Llama checkpoint and a LoRA adapter on all its linear layers, once. Each way then runs in processes of
+its own, in turns: `merge` is this package, `copy` is `shutil.copyfile` of every file, `peft` loads, merges and saves with
 transformers and PEFT, `import` only imports the modules. All but the last end with every file synced to the disk. The
 base's files are read once before each, so that they are in the page cache. Prints seconds (without the imports), the
 peak of the resident memory above that of `import`, and ratios of the medians.

@@ -164,8 +164,8 @@ def extrapolate_weight(
     errors: RealisedError,
 ) -> torch.Tensor:
     """
-    `weight - alpha * delta`, computed in fp32 (fp64 for an fp64 weight) and cast once. `weight` stays as it is, `delta`
-    is overwritten.
+    `weight - alpha * delta`, computed in fp32 (fp64 for an fp64 weight) and cast once. `weight` stays as it is,
+    `delta` is overwritten.
 
     Args:
         name (`str`): Name of the tensor, for messages and the error record.

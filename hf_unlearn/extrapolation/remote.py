@@ -1,6 +1,6 @@
 """
-A base on the Hub, checked before its weights are downloaded: of a weights file that is not in the cache only the header
-is fetched at first, and the file itself when its turn comes.
+A base on the Hub, checked before its weights are downloaded: of a weights file that is not in the cache only the
+header is fetched at first, and the file itself when its turn comes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 HEADER_BYTES = 100_000
 # Tensors of the fingerprint up to this size, such as norms and biases, are fetched and verified before any download.
 SMALL_TENSOR_BYTES = 1 << 18
-# `OSError`, and the base of all errors of the client library, which is not the same in all versions of huggingface_hub.
+# Among them the base of all errors of the client library, which differs between versions of huggingface_hub.
 HUB_ERRORS = (OSError, ValueError, *HfHubHTTPError.__bases__)
 
 

@@ -1,4 +1,4 @@
-"""`hf-unlearn extrapolate` killed by SIGKILL: whatever the moment, the output is whole or absent, and a new run succeeds."""
+"""`hf-unlearn extrapolate` killed at any moment: the output is whole or absent, and a new run succeeds."""
 
 from __future__ import annotations
 
