@@ -1,9 +1,10 @@
 """
 Scoring tokens from hidden states, without ever building `(batch, sequence, vocabulary)` logits.
 
-Training, evaluation and the reference pass all score tokens here, and only the positions that count are projected
-through the LM head. This is the one module that touches kernels of TRL that are not part of its public API
-(`trl.kernels`, `trl.trainer.utils.maybe_gather_lm_head_ctx`); `setup.cfg` bounds the TRL versions it was tested with.
+Training, evaluation and the reference pass all score tokens here: only the positions that count are projected through
+the LM head, some at a time, so that the memory needed does not grow with their number or the vocabulary. This is the one
+module that touches a part of TRL that is not public (`trl.trainer.utils.maybe_gather_lm_head_ctx`); `setup.cfg` bounds
+the TRL versions it was tested with.
 """
 
 from __future__ import annotations
@@ -18,13 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 
-VOCABULARY_CHUNK = 32768
-POSITIONS_CHUNK = 512
+TILE = 2**24  # logits that are computed at a time: 64 MiB in fp32
 
 
 class TokenScores(NamedTuple):
@@ -86,23 +84,25 @@ class LMHead:
             targets (`torch.Tensor` of shape `(N,)`): Target token ids.
             temperature (`float`, *optional*, defaults to `1.0`): Temperature that divides the logits.
         """
-        with self._gathered():
-            log_probs, _, _, _, is_top1 = ChunkedLogProbFunction.apply(
-                hidden,
-                self.weight,
-                self.bias,
-                targets,
-                temperature,
-                VOCABULARY_CHUNK,
-                self.softcap,
-                self.logit_scale,
-                ("is_top1",),
-            )
-        return TokenScores(log_probs, is_top1)
 
-    def kl_from_reference(self, hidden: torch.Tensor, reference_hidden: torch.Tensor) -> torch.Tensor:
+        def score_tile(logits: torch.Tensor, rows: slice, head: LMHead) -> _TileScores:
+            log_probs = logits.div_(temperature).log_softmax(-1)
+            at = targets[rows, None]
+
+            def slope() -> torch.Tensor:
+                minus_probs = log_probs.exp_().neg_()
+                return minus_probs.scatter_add_(1, at, torch.ones_like(minus_probs[:, :1])).div_(temperature)
+
+            return _TileScores(log_probs.gather(1, at)[:, 0], log_probs.argmax(-1) == at[:, 0], slope)
+
+        return TokenScores(*_TiledScores.apply(hidden, self, score_tile))
+
+    def kl_from_reference(
+        self, hidden: torch.Tensor, reference_hidden: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Forward divergence KL(p_ref ‖ p_θ) per token over the whole vocabulary, in nats and fp32, shape `(N,)`.
+        Forward divergence KL(p_ref ‖ p_θ) per token over the whole vocabulary, in nats and fp32, shape `(N,)`; and
+        whether the targets are the most likely tokens, shape `(N,)`, bool.
 
         The reference is the same model with its adapter off, so both sides share this head. The gradient flows to
         `hidden` only.
@@ -110,34 +110,15 @@ class LMHead:
         Args:
             hidden (`torch.Tensor` of shape `(N, H)`): Hidden states of the model in training.
             reference_hidden (`torch.Tensor` of shape `(N, H)`): Hidden states of the reference, same positions.
+            targets (`torch.Tensor` of shape `(N,)`): Target token ids.
         """
-        divergence, _ = ChunkedDivergenceFunction.apply(
-            hidden,
-            self.weight,
-            self.bias,
-            reference_hidden,
-            self.weight,
-            self.bias,
-            0.0,  # beta = 0: forward KL(reference ‖ model)
-            1.0,  # temperature
-            self.logit_scale,
-            self.softcap,
-            self.logit_scale,
-            self.softcap,
-        )
-        return divergence
+        return _TiledScores.apply(hidden, self, _divergence(reference_hidden, None, targets))
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of shape `(N, V)` in fp32, also where the model computes in bf16. For few positions at a time."""
         with self._gathered():
-            if hidden.is_cuda and hidden.dtype in (torch.float16, torch.bfloat16):
-                logits = torch.mm(hidden, self.weight.to(hidden.dtype).T, out_dtype=torch.float32)
-            else:
-                logits = hidden.float() @ self.weight.float().T
-            logits = logits if self.bias is None else logits + self.bias.float()
-        logits = logits * self.logit_scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+            return self._with_operand(_operand_dtype(hidden, hidden.dtype))._logits(hidden)
 
     @torch.no_grad()
     def measure_kl(self, hidden: torch.Tensor, reference_hidden: torch.Tensor, reference_head: LMHead) -> torch.Tensor:
@@ -150,14 +131,7 @@ class LMHead:
             reference_hidden (`torch.Tensor` of shape `(N, H_ref)`): Hidden states of the reference, same positions.
             reference_head (`LMHead`): Head of the reference.
         """
-        divergences = [hidden.new_zeros(0, dtype=torch.float32)]
-        for chunk, reference_chunk in zip(
-            hidden.split(POSITIONS_CHUNK), reference_hidden.split(POSITIONS_CHUNK), strict=True
-        ):
-            reference = reference_head.logits(reference_chunk).log_softmax(-1)
-            difference = reference - self.logits(chunk).log_softmax(-1)
-            divergences.append((reference.exp() * difference).sum(-1))
-        return torch.cat(divergences)
+        return _TiledScores.apply(hidden, self, _divergence(reference_hidden, reference_head))[0]
 
     @torch.no_grad()
     def log_prob_moments(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,14 +142,122 @@ class LMHead:
         Args:
             hidden (`torch.Tensor` of shape `(N, H)`): Hidden states.
         """
-        moments = []
-        for chunk in hidden.split(POSITIONS_CHUNK):
-            log_probs = self.logits(chunk).log_softmax(-1)
-            probs = log_probs.exp()
-            mean = (probs * log_probs).sum(-1)
-            variance = (probs * (log_probs - mean[:, None]).square()).sum(-1)
-            moments.append(torch.stack([mean, variance.clamp(min=1e-6).sqrt()]))
-        return tuple(torch.cat(moments, dim=1)) if moments else (hidden.new_zeros(0), hidden.new_zeros(0))
+        moments = [torch.zeros(2, 0, device=hidden.device)]
+        with self._gathered():
+            for tile in hidden.split(self._tile_rows):
+                log_probs = self.logits(tile).log_softmax(-1)
+                probs = log_probs.exp()
+                mean = (probs * log_probs).sum(-1)
+                variance = (probs * (log_probs - mean[:, None]).square()).sum(-1)
+                moments.append(torch.stack([mean, variance.clamp(min=1e-6).sqrt()]))
+        return tuple(torch.cat(moments, dim=1))
+
+    @property
+    def _tile_rows(self) -> int:
+        return max(1, TILE // self.weight.shape[0])
+
+    def _with_operand(self, dtype: torch.dtype) -> LMHead:
+        """The head in the dtype of its product, cast once for all tiles."""
+        return replace(self, weight=self.weight.to(dtype))
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = _fp32_product(hidden, self.weight.T)
+        if self.bias is not None:
+            logits += self.bias.float()
+        if self.logit_scale != 1.0:
+            logits *= self.logit_scale
+        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+class _TileScores(NamedTuple):
+    """
+    What is made of a tile of logits.
+
+    Args:
+        value (`torch.Tensor` of shape `(n,)`): A value of each position.
+        flag (`torch.Tensor` of shape `(n,)`, *optional*): A flag of each position.
+        slope (`Callable`): Gives the derivatives of the values by the logits, shape `(n, V)`. It may use up what it needs.
+    """
+
+    value: torch.Tensor
+    flag: torch.Tensor | None
+    slope: Callable[[], torch.Tensor]
+
+
+ScoreTile = Callable[[torch.Tensor, slice, LMHead], _TileScores]
+
+
+def _divergence(
+    reference_hidden: torch.Tensor, reference_head: LMHead | None, targets: torch.Tensor | None = None
+) -> ScoreTile:
+    """KL from a reference, which shares the head where it has none of its own; and whether targets are most likely."""
+
+    def score_tile(logits: torch.Tensor, rows: slice, head: LMHead) -> _TileScores:
+        log_probs = logits.log_softmax(-1)
+        is_top1 = None if targets is None else log_probs.argmax(-1) == targets[rows]
+        hidden = reference_hidden[rows]
+        reference = head._logits(hidden) if reference_head is None else reference_head.logits(hidden)
+        reference = reference.log_softmax(-1)
+        probs = reference.exp()
+        return _TileScores(
+            reference.sub_(log_probs).mul_(probs).sum(-1), is_top1, lambda: log_probs.exp_().sub_(probs)
+        )
+
+    return score_tile
+
+
+class _TiledScores(torch.autograd.Function):
+    """
+    Values and flags of positions, from tiles of at most `TILE` logits.
+
+    The head is frozen, and a value depends on the hidden state of its own position alone. So its derivative, `H` numbers,
+    is computed together with the value, and the backward needs neither the logits nor the head again.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, head: LMHead, score_tile: ScoreTile):
+        device = hidden.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        values, flags, derivatives = [], [], []
+        with head._gathered(), torch.autocast(device, enabled=False):
+            step = head._tile_rows
+            head = head._with_operand(_operand_dtype(hidden, compute))
+            for start in range(0, max(1, len(hidden)), step):
+                rows = slice(start, start + step)
+                logits = head._logits(hidden[rows])
+                outer_slope = head.logit_scale
+                if head.softcap is not None:
+                    outer_slope = outer_slope * (1 - (logits / head.softcap).square())
+                value, flag, slope = score_tile(logits, rows, head)
+                values.append(value)
+                flags.append(flag)
+                if ctx.needs_input_grad[0]:
+                    derivatives.append(_fp32_product(slope().mul_(outer_slope), head.weight))
+                del logits, slope  # before the next tile
+        if derivatives:
+            ctx.save_for_backward(torch.cat(derivatives))
+            ctx.dtype = hidden.dtype
+        flag = None if flags[0] is None else torch.cat(flags)
+        if flag is not None:
+            ctx.mark_non_differentiable(flag)
+        return torch.cat(values), flag
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor, _):
+        (derivatives,) = ctx.saved_tensors
+        return (derivatives * gradient[:, None]).to(ctx.dtype), None, None
+
+
+def _operand_dtype(hidden: torch.Tensor, compute: torch.dtype) -> torch.dtype:
+    """Dtype of the operands of a product in fp32: an accelerator takes 16 bits, and adds up in fp32."""
+    return compute if hidden.is_cuda and compute in (torch.float16, torch.bfloat16) else torch.float32
+
+
+def _fp32_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` in fp32, of operands in the dtype of `b`."""
+    if b.dtype == torch.float32:
+        return a.float() @ b
+    return torch.mm(a.to(b.dtype), b, out_dtype=torch.float32)
 
 
 def _logit_scale(config: Any) -> float:

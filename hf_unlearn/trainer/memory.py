@@ -21,11 +21,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.linearity import check_target_modules
+from hf_unlearn.lm_head import TILE
 
 
-HEAD_TOKENS, HEAD_VOCABULARY = 4096, 32768  # tile of the chunked LM head
-# Tiles of the divergence and of the log-probabilities in their backward, where torch does what Triton fuses elsewhere.
-CPU_TILES = {"retain": 11, "forget": 9}
+# Tiles in fp32 at the worst moment: logits and log-probabilities, for the divergence those of the reference too.
+HEAD_TILES = {"retain": 4, "forget": 2}
 FOUR_BIT_BLOCK, NESTED_BLOCK = 64, 256  # weights that share a scale; scales that share one
 # Of DeepSpeed where its configuration does not say.
 REDUCE_BUCKET, LIVE_PARAMETERS, PERSISTENCE_THRESHOLD = 500_000_000, 1_000_000_000, 100_000
@@ -376,17 +376,14 @@ class _StepCounts:
     def head(self) -> int:
         """
         What is there after the last layer: the input of the last norm, its result, the scored positions of it and those
-        of the reference, their gradient, and the tiles of logits in the backward of the loss. All of it is freed before
-        the backward of the layers.
+        of the reference, the derivatives by them, and a few tiles of logits. All of it is freed before the backward of
+        the layers.
         """
-        counts = {"forget": self.forget_tokens, "retain": self.retain_tokens}
-        rows = {name: min(tokens, HEAD_TOKENS) for name, tokens in counts.items()}
-        if self.on_cpu:
-            columns = min(self.text.vocab_size, HEAD_VOCABULARY)
-            tiles = max(CPU_TILES[name] * 4 * rows[name] for name in rows)
-        else:
-            columns = HEAD_VOCABULARY
-            rounded = 0 if self.width == 4 else self.width  # the gradient in the dtype of the weight
-            tiles = max((2 * 4 + rounded) * rows["retain"], self.width * rows["forget"])
+        vocabulary = self.text.vocab_size
+        tile_rows = max(1, TILE // vocabulary)
+        tokens = {"forget": self.forget_tokens, "retain": self.retain_tokens}
+        tiles = max(HEAD_TILES[name] * 4 * min(count, tile_rows) * vocabulary for name, count in tokens.items())
+        operand_width = 4 if self.on_cpu else self.width
+        cast_weight = vocabulary * self.hidden * operand_width if operand_width != self.residual_width else 0
         vectors = self.tokens * (4 + 2 * self.width + 4) + self.retain_tokens * self.width
-        return tiles * columns + vectors * self.hidden
+        return tiles + cast_weight + vectors * self.hidden

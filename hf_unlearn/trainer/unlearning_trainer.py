@@ -290,10 +290,9 @@ class UnlearningTrainer(SFTTrainer):
             forget = head.score(hidden[batch.forget_at], batch.forget_targets, self.forget_temperature)
             if not self.uses_retain:
                 return forget, hidden.new_zeros(0), hidden.new_zeros(0)
-            retain_hidden = hidden[batch.retain_at]
-            with torch.no_grad():
-                is_top1 = head.score(retain_hidden, batch.retain_targets).is_top1
-            return forget, head.kl_from_reference(retain_hidden, reference.retain_hidden), is_top1
+            return forget, *head.kl_from_reference(
+                hidden[batch.retain_at], reference.retain_hidden, batch.retain_targets
+            )
 
         forget, kl, retain_is_top1 = model(**batch.model_inputs, score_fn=score)
         tokens = ForgetTokens(

@@ -174,3 +174,4 @@ def main(sharding: str, model: str, output_dir: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    torch.distributed.destroy_process_group()

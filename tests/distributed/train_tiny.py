@@ -226,3 +226,4 @@ def run(output_dir: Path, model_dir: str, batch_size: int, ends_badly: bool = Fa
 if __name__ == "__main__":
     prepare_libraries()
     run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), ends_badly="ends-badly" in sys.argv)
+    PartialState().destroy_process_group()

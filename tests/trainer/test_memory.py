@@ -178,11 +178,8 @@ class TestActivations:
         assert three - two - adapter_casts == estimated[0] - estimated[1]
 
     @pytest.mark.parametrize("checkpointing", [True, False])
-    def test_live_tensors_of_a_real_step(self, checkpointing, tmp_path, monkeypatch):
+    def test_live_tensors_of_a_real_step(self, checkpointing, tmp_path):
         """Rows of 64 tokens, one a little shorter, all scored: the peak of a step on CPU, within a tenth."""
-        # Tiles are as wide as the chunk, however small the vocabulary; what is not touched takes no memory.
-        monkeypatch.setattr("trl.kernels.chunked_divergence.VOCAB_CHUNK_SIZE", VOCABULARY)
-        monkeypatch.setattr("hf_unlearn.lm_head.VOCABULARY_CHUNK", VOCABULARY)
         config = ExtrapolationConfig(
             output_dir=str(tmp_path),
             per_device_train_batch_size=4,
@@ -212,14 +209,24 @@ class TestActivations:
     def test_logits_on_an_accelerator_by_hand(self):
         config = tiny_llama(vocab_size=100_000).config
         small, large = (estimate(config, retain_rows=rows, length=500) for rows in (2, 20))
-        # 10 bytes of a tile of 32768 columns in fp32 twice and once rounded, of at most 4096 positions
         bf16 = estimate(config, retain_rows=20, length=500, dtype=torch.bfloat16, mixed_precision=True)
-        # before and after the last norm, scored positions, their gradient in fp32; scored positions of the reference
+        tile = 4 * 100_000 * 167  # 2^24 / 100,000 positions in fp32; four of them for the divergence
+        # before and after the last norm, scored positions, derivatives in fp32; scored positions of the reference
         vectors = 4 + 4 + 4 + 4
-        assert small.workspace == 8 * 1000 * 32768 + HIDDEN * (2000 * vectors + 1000 * 4)
-        assert large.workspace == 8 * 4096 * 32768 + HIDDEN * (11000 * vectors + 10000 * 4)
+        assert small.workspace == 4 * tile + HIDDEN * (2000 * vectors + 1000 * 4)
+        assert large.workspace == 4 * tile + HIDDEN * (11000 * vectors + 10000 * 4)
         vectors = 4 + 2 + 2 + 4
-        assert bf16.workspace == 10 * 4096 * 32768 + HIDDEN * (11000 * vectors + 10000 * 2)
+        assert bf16.workspace == 4 * tile + HIDDEN * (11000 * vectors + 10000 * 2)
+        few = estimate(config, forget_rows=1, retain_rows=1, length=50)
+        assert few.workspace == 4 * (4 * 100_000 * 50) + HIDDEN * (100 * (4 + 4 + 4 + 4) + 50 * 4)
+
+    def test_a_head_that_is_cast_by_hand(self):
+        config = tiny_llama(vocab_size=100_000).config
+        as_is, cast = (estimate(config, dtype=dtype, mixed_precision=True) for dtype in (torch.bfloat16, torch.float32))
+        assert cast.workspace - as_is.workspace == 2 * 100_000 * HIDDEN
+        on_cpu = [estimate(config, dtype=dtype, launch=Launch(on_cpu=True)) for dtype in (torch.bfloat16, torch.float32)]
+        vectors = HIDDEN * (40 * 2 * 2 + 20 * 2)  # two kept vectors a token, and one of the reference, are half as wide
+        assert on_cpu[0].workspace - on_cpu[1].workspace == 4 * 100_000 * HIDDEN - vectors
 
 
 class LiveTensors(TorchDispatchMode):
