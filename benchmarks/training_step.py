@@ -68,8 +68,8 @@ OURS = {
     "ours_cached": {"reference_cache": True},
 }
 HEAD_PASSES = {
-    "forget": 3,
-    "retain": 6,
+    "forget": 2,
+    "retain": 3,
 }  # products with the LM head that ExtrapolationTrainer makes for a scored position
 WEIGHED_STEPS = 2  # the second has the optimizer's moments
 DEFAULT = ["ours", "ours_cached", "sft", "grad_diff"]

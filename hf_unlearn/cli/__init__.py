@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": "evaluate any model, an adapter at several α, or a published log",
     "sweep": "evaluate a trained adapter over many α, and choose one by a rule",
     "extrapolate": "write the forget model or the forget adapter at one α",
+    "combine": "make one direction out of memorising adapters: average, project, agree, weigh",
 }
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -75,3 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"hf-unlearn {command}: interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
+    finally:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_available() and distributed.is_initialized():
+            importlib.import_module("hf_unlearn.trainer.processes").leave_processes()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import time
 from collections.abc import Iterator
 
+import torch.distributed
 from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import DistributedType
 from torch.utils.data import RandomSampler, Sampler
@@ -40,6 +43,17 @@ def check_launch(args: TrainingArguments) -> None:
             f"{launched} processes were launched, but they do not work together: each would train alone. On CPU set "
             "`use_cpu` and `ddp_backend='gloo'`, or launch one process; on accelerators remove `ddp_backend`."
         )
+
+
+def leave_processes() -> None:
+    """
+    Leave the group of processes: the last thing that a program does which is launched in several. Otherwise gloo's
+    threads may still want the interpreter when it ends, and the process is aborted (SIGABRT) after all its work is done.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # what uses the group keeps its threads
+        torch.distributed.destroy_process_group()
+        time.sleep(0.2)  # for threads that let go of their last piece of work
 
 
 def _is_on(variable: str) -> bool:

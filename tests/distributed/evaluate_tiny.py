@@ -14,6 +14,7 @@ from tiny import tiny_llama, tiny_rows, tiny_tokenizer
 from hf_unlearn.data import load_rows
 from hf_unlearn.evaluation import Evaluator, ResultCache, custom_protocol, score_answers
 from hf_unlearn.evaluation.batching import BatchSize, process_state
+from hf_unlearn.trainer.processes import leave_processes
 
 
 def evaluate(output_dir: Path) -> dict[str, Any]:
@@ -53,4 +54,4 @@ if __name__ == "__main__":
     state = process_state()
     result |= {"processes": state.num_processes, "distributed_type": str(state.distributed_type)}
     (output / f"facts-{state.process_index}.json").write_text(json.dumps(result))
-    state.destroy_process_group()
+    leave_processes()

@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 
 from hf_unlearn import EvaluationCallback, Evaluator, ExtrapolationConfig, ExtrapolationTrainer, custom_protocol
 from hf_unlearn.evaluation import generate_answers
+from hf_unlearn.trainer.processes import leave_processes
 
 
 SIZES = {"forget": 5, "retain": 7, "holdout": 3}
@@ -174,4 +175,4 @@ def main(sharding: str, model: str, output_dir: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    torch.distributed.destroy_process_group()
+    leave_processes()

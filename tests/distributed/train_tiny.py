@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from hf_unlearn import EvaluationCallback, ExtrapolationConfig, ExtrapolationTrainer, custom_protocol
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import live, sharded
+from hf_unlearn.trainer.processes import leave_processes
 
 
 USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
@@ -226,4 +227,4 @@ def run(output_dir: Path, model_dir: str, batch_size: int, ends_badly: bool = Fa
 if __name__ == "__main__":
     prepare_libraries()
     run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), ends_badly="ends-badly" in sys.argv)
-    PartialState().destroy_process_group()
+    leave_processes()

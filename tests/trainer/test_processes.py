@@ -5,11 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
 
+from hf_unlearn.cli import main
 from hf_unlearn.data.pairing import FILLER, PairCollator, PairedDataset
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.trainer.processes import EvenSampler, check_launch
@@ -31,6 +33,12 @@ def launched(monkeypatch):
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "FSDP_VERSION", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+def test_a_command_leaves_the_group_whatever_its_end(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    assert main(["extrapolate"]) == 2
+    assert not torch.distributed.is_initialized()
 
 
 class TestCheckLaunch:

@@ -11,6 +11,7 @@ from tiny import tiny_rows
 from transformers import BitsAndBytesConfig
 
 from hf_unlearn import ExtrapolationConfig, ExtrapolationTrainer
+from hf_unlearn.trainer.processes import leave_processes
 
 
 def main(model: str, output_dir: str, batch_size: str) -> None:
@@ -54,3 +55,4 @@ def main(model: str, output_dir: str, batch_size: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_processes()
