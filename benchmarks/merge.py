@@ -80,7 +80,7 @@ def report(results: dict[str, list[dict]], size: int) -> None:
         seconds = ", ".join(f"{run['seconds']:.1f}" for run in runs)
         peak = max(run["peak"] for run in runs) - bare
         print(f"{way:7} {seconds} s (CPU {median[way]['cpu']:.1f} s), peak {peak / 1e9:.3f} GB above the imports")
-    for way in {"copy", "peft"} & results.keys():
+    for way in {"copy", "peft"} & results.keys() if "merge" in results else ():
         seconds = median["merge"]["seconds"] / median[way]["seconds"]
         peak = (median["merge"]["peak"] - bare) / max(1, median[way]["peak"] - bare)
         print(f"merge / {way}: {seconds:.2f} of the time" + (f", {peak:.3f} of the memory" if way == "peft" else ""))

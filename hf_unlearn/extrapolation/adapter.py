@@ -91,6 +91,7 @@ class LoraAdapter:
         self.modules = modules
         self.provenance: dict[str, Any] = read_provenance(folder)
         self.sha256 = _sha256(file.path)
+        self._held: tuple[str, torch.Tensor, torch.Tensor] | None = None  # a module and its factors in fp32
 
     @classmethod
     def load(cls, path: str | Path, revision: str | None = None) -> LoraAdapter:
@@ -118,6 +119,22 @@ class LoraAdapter:
         """The memorising update `s * B @ A` of `module` in fp32, in the orientation of the base weight."""
         pair = self.modules[module]
         return lora_delta(pair.A, pair.B, pair.scaling, pair.fan_in_fan_out)
+
+    def delta_rows(self, module: str, first: int, last: int) -> torch.Tensor:
+        """
+        Rows of [`~LoraAdapter.delta`]. The factors of the last module asked for stay in memory.
+
+        Args:
+            module (`str`): Name of the module.
+            first (`int`): First row, in the orientation of the base weight.
+            last (`int`): Last row, exclusive.
+        """
+        pair, held = self.modules[module], self._held
+        if held is None or held[0] != module:
+            self._held = held = module, pair.A.float(), pair.B.float()
+        _, a, b = held
+        factors = (a[:, first:last], b) if pair.fan_in_fan_out else (a, b[first:last])
+        return lora_delta(*factors, pair.scaling, pair.fan_in_fan_out)
 
     def forget_provenance(
         self,
@@ -155,7 +172,7 @@ class LoraAdapter:
             "method": "model-extrapolation",
             "kind": kind,
             "alpha": alpha,
-            "operator": "scale",
+            "operator": self.provenance.get("operator", "scale"),
             "dtype": str(dtype).removeprefix("torch."),
             "base": {**named, **(base or {})},
             "adapter": {

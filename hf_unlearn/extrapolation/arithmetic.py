@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,10 @@ PIECE_ELEMENTS = 1 << 18
 PIECE_ROWS = 64
 # What is only copied needs no cache.
 COPY_BYTES = 16 << 20
+# More threads would wait for the one that writes.
+MOST_THREADS = 4
+# Below it squares of single elements may be lost in fp32.
+SMALLEST_SQUARE = 1e-30
 
 
 def check_alpha(alpha: float) -> float:
@@ -75,9 +80,16 @@ class RealisedError:
 
     tensors: dict[str, TensorError] = field(default_factory=dict)
 
+    def count(self, name: str, part: TensorError) -> None:
+        """Count the error of a piece of tensor `name`, or of all of it."""
+        total = self.tensors.setdefault(name, TensorError())
+        total.squared_error += part.squared_error
+        total.squared_norm += part.squared_norm
+        total.changed = total.changed or part.changed
+
     def add(self, name: str, realised: torch.Tensor, wanted: torch.Tensor, changed: bool) -> None:
         """
-        Count a piece of tensor `name`, or all of it.
+        Measure the error of a piece of tensor `name`, or of all of it, and count it.
 
         Args:
             name (`str`): Name of the tensor.
@@ -85,10 +97,7 @@ class RealisedError:
             wanted (`torch.Tensor`): The update that was asked for.
             changed (`bool`): Whether the stored weight is another than without the update.
         """
-        total = self.tensors.setdefault(name, TensorError())
-        total.squared_norm += torch.linalg.vector_norm(wanted, dtype=torch.float64).item() ** 2
-        total.squared_error += torch.linalg.vector_norm(realised - wanted, dtype=torch.float64).item() ** 2
-        total.changed = total.changed or changed
+        self.count(name, TensorError(squared_norm(realised - wanted), squared_norm(wanted), changed))
 
     @property
     def relative(self) -> float:
@@ -129,6 +138,14 @@ class RealisedError:
         }
 
 
+def squared_norm(tensor: torch.Tensor) -> float:
+    """Sum of squares: rows in the dtype of `tensor`, their sum in fp64; all in fp64 where squares leave the range."""
+    square = torch.linalg.vector_norm(tensor, dim=-1).double().square().sum().item()
+    if SMALLEST_SQUARE < square < math.inf:
+        return square
+    return torch.linalg.vector_norm(tensor, dtype=torch.float64).item() ** 2
+
+
 def lora_delta(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float, fan_in_fan_out: bool) -> torch.Tensor:
     """
     `s * B @ A` in fp32, in the orientation of the base weight.
@@ -139,7 +156,7 @@ def lora_delta(lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float, fan_i
         scaling (`float`): The trained scale s.
         fan_in_fan_out (`bool`): Whether the base weight is stored as `(in_features, out_features)`.
     """
-    delta = (lora_b.float() @ lora_a.float()).mul_(scaling)
+    delta = (lora_b.float() * scaling) @ lora_a.float()
     return delta.t() if fan_in_fan_out else delta
 
 
@@ -153,6 +170,12 @@ def row_pieces(rows: int, columns: int) -> list[tuple[int, int]]:
     step = max(PIECE_ROWS, PIECE_ELEMENTS // max(1, columns) // PIECE_ROWS * PIECE_ROWS)
     starts = list(range(0, max(1, rows - PIECE_ROWS + 1), step))
     return list(zip(starts, [*starts[1:], rows], strict=True))
+
+
+def compute_threads() -> int:
+    """Number of pieces to work on at a time: the cores of this process that torch's own threads leave free."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_THREADS, cores // torch.get_num_threads()))
 
 
 def extrapolate_weight(
@@ -188,11 +211,16 @@ def extrapolate_weight(
         )
     exact = weight.to(torch.promote_types(weight.dtype, torch.float32))
     wanted = delta.to(exact.dtype).mul_(-alpha)
-    result = (exact + wanted).to(dtype)
-    if not all(math.isfinite(bound.item()) for bound in torch.aminmax(result)):  # a NaN is both bounds
+    total = exact + wanted
+    result = total.to(dtype)
+    # the memory of the sum is used again unless it is the result; operands of two dtypes would take the slow way
+    realised = torch.sub(result, exact) if result is total else total.copy_(result).sub_(exact)
+    part = TensorError(squared_norm(realised.sub_(wanted)), squared_norm(wanted))
+    if not math.isfinite(part.squared_error):  # NaN and infinite values go on into the sum
         raise UnlearningError(
             f"{name!r} would hold NaN or infinite values as {str(dtype).removeprefix('torch.')} at alpha={alpha}. "
             "Use a smaller alpha or `dtype='float32'`; if it persists, the base checkpoint is damaged."
         )
-    errors.add(name, result - exact, wanted, changed=not result.equal(weight.to(dtype)))
+    part.changed = any(not result[rows].equal(weight[rows].to(dtype)) for rows in (slice(1), slice(1, None)))
+    errors.count(name, part)
     return result

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +23,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from hf_unlearn.errors import UnlearningError
+from hf_unlearn.extrapolation.background import BackgroundWriter
 from hf_unlearn.extrapolation.leftovers import clear_leftovers, temporary_sibling
 
 
@@ -49,6 +48,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+# Of the page cache.
+PAGE_BYTES = 4096
 DTYPE_CODES: dict[torch.dtype, str] = {dtype: code for code, dtype in TORCH_DTYPES.items()}
 
 
@@ -312,24 +313,18 @@ def write_shard(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    encoded += b" " * (-len(encoded) % 8)
-    with Path(path).open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        with ThreadPoolExecutor(1) as thread:
-            for name, _, _, nbytes in ordered:
-                written, writing = 0, None
-                for piece in _as_bytes(read(name)):  # the next piece is computed while this one is written
-                    written += piece.nbytes
-                    if writing is not None:
-                        writing.result()
-                    writing = thread.submit(file.write, piece.data)
-                    del piece
-                if writing is not None:
-                    writing.result()
-                if written != nbytes:
-                    raise RuntimeError(f"{name!r} has {written} bytes where {nbytes} were announced")
-        file.flush()
-        os.fsync(file.fileno())
+    encoded += b" " * (-(8 + len(encoded)) % PAGE_BYTES)  # bytes in step with the file's pages are copied faster
+    with Path(path).open("wb") as file, BackgroundWriter(file) as writer:
+        writer.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, _, _, nbytes in ordered:
+            written = 0
+            writer.wait()
+            for piece in _as_bytes(read(name)):  # the next piece is computed while this one is written
+                written += piece.nbytes
+                writer.write(piece)
+                del piece
+            if written != nbytes:
+                raise RuntimeError(f"{name!r} has {written} bytes where {nbytes} were announced")
 
 
 def _as_bytes(content: torch.Tensor | np.ndarray | Iterable[torch.Tensor | np.ndarray]) -> Iterator[np.ndarray]:

@@ -21,10 +21,12 @@ from hf_unlearn.extrapolation.arithmetic import (
     COPY_BYTES,
     PIECE_ELEMENTS,
     RealisedError,
+    TensorError,
+    compute_threads,
     extrapolate_weight,
-    lora_delta,
     row_pieces,
 )
+from hf_unlearn.extrapolation.background import map_in_threads
 from hf_unlearn.extrapolation.checkpoint import (
     INDEX_FILE,
     TORCH_DTYPES,
@@ -118,6 +120,7 @@ def extrapolate(
         delete_cache=delete_cache,
     )
     _check_disk_space(plan)
+    _keep_freed_memory()
     errors = RealisedError()
     with atomic_folder(output_dir, overwrite) as folder:
         bytes_done = tqdm(
@@ -162,6 +165,14 @@ def _check_disk_space(plan: MergePlan) -> None:
             )
 
 
+def _keep_freed_memory() -> None:
+    """
+    Let glibc keep the memory of freed pieces, as it does once a larger block was freed. The kernel takes longer to hand
+    out a piece than a core needs to compute it.
+    """
+    torch.empty(COPY_BYTES, dtype=torch.uint8)
+
+
 @contextmanager
 def _on_disk(plan: MergePlan, name: str, temporary: Path, progress: bool) -> Iterator[SafetensorsFile]:
     """A weights file of the base, downloaded and verified if it was not here."""
@@ -202,15 +213,21 @@ def _merged_pieces(
     plan: MergePlan, shard: SafetensorsFile, info: TensorInfo, errors: RealisedError
 ) -> Iterator[torch.Tensor]:
     """The forget model's rows of an adapted tensor."""
-    pair = plan.adapter.modules[plan.adapted[info.name]]
-    a, b = pair.A.float(), pair.B.float()
+    module = plan.adapted[info.name]
     dtype = TORCH_DTYPES[plan.output_dtype(info)]
     rows, columns = info.shape
-    for first, last in row_pieces(rows, columns):
+
+    def merged(piece: tuple[int, int]) -> tuple[torch.Tensor, TensorError]:
+        first, last = piece
         weight = shard.read_elements(info.name, first * columns, (last - first) * columns).reshape(-1, columns)
-        factors = (a[:, first:last], b) if pair.fan_in_fan_out else (a, b[first:last])
-        delta = lora_delta(*factors, pair.scaling, pair.fan_in_fan_out)
-        yield extrapolate_weight(info.name, weight, delta, plan.alpha, dtype, errors)
+        delta = plan.adapter.delta_rows(module, first, last)
+        error = RealisedError()
+        result = extrapolate_weight(info.name, weight, delta, plan.alpha, dtype, error)
+        return result, error.tensors[info.name]
+
+    for result, error in map_in_threads(merged, row_pieces(rows, columns), compute_threads()):
+        errors.count(info.name, error)
+        yield result
 
 
 def _cast_pieces(shard: SafetensorsFile, info: TensorInfo, dtype: torch.dtype) -> Iterator[torch.Tensor]:

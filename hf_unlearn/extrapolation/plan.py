@@ -20,6 +20,7 @@ from hf_unlearn.extrapolation.arithmetic import (
     FLOAT_DTYPES,
     RealisedError,
     check_alpha,
+    compute_threads,
     parse_dtype,
     row_pieces,
 )
@@ -245,8 +246,9 @@ def _working_set(plan: MergePlan, info: TensorInfo) -> int:
     piece = max(last - first for first, last in row_pieces(rows, columns)) * columns
     pair = plan.adapter.modules[plan.adapted[info.name]]
     factors = [pair.file.tensors[name] for name in (pair.name_a, pair.name_b)]
-    # stored and result, earlier and present; in fp32 base, update, sum, realised update and their difference
-    working = piece * (2 * (info.nbytes + plan.output_bytes(info)) // info.numel + 5 * FP32_BYTES)
+    # of each thread stored, result, and in fp32 base, update, sum and realised update; two results that are written
+    stored, result = info.nbytes // info.numel, plan.output_bytes(info) // info.numel
+    working = piece * (compute_threads() * (stored + result + 4 * FP32_BYTES) + 2 * result)
     return working + sum(factor.nbytes + FP32_BYTES * factor.numel for factor in factors)
 
 

@@ -12,7 +12,7 @@ from extrapolation_models import add_adapter, build_llama, save_pair
 from safetensors.torch import load_file, save_file
 
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.extrapolation import LoraAdapter, save_forget_adapter
+from hf_unlearn.extrapolation import LoraAdapter, SafetensorsFile, save_forget_adapter
 
 
 Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -47,6 +47,24 @@ def test_load(adapter):
     torch.testing.assert_close(delta.double(), wanted, atol=1e-6, rtol=0)
     assert delta.dtype == torch.float32
     assert loaded.provenance["data"] == {"forget": {"sha256": "00ff"}}
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_delta_rows(adapter, transposed, monkeypatch):
+    change_config(adapter, fan_in_fan_out=transposed)
+    factors = load_file(adapter / "adapter_model.safetensors")
+    loaded = LoraAdapter.load(adapter)
+    reads: list[str] = []
+    monkeypatch.setattr(SafetensorsFile, "read", lambda self, name: reads.append(name) or factors[name])
+    for projection in ("self_attn.q_proj", "mlp.down_proj", "self_attn.q_proj"):
+        module = f"model.layers.0.{projection}"
+        a, b = (factors[f"base_model.model.{module}.lora_{factor}.weight"] for factor in "AB")
+        wanted = 2 * b.double() @ a.double()
+        wanted = wanted.T if transposed else wanted
+        rows = [loaded.delta_rows(module, first, last) for first, last in [(0, 3), (3, 40), (40, len(wanted))]]
+        assert all(piece.dtype == torch.float32 for piece in rows)
+        torch.testing.assert_close(torch.cat(rows).double(), wanted, atol=1e-6, rtol=0)
+    assert len(reads) == 3 * 2  # both factors at each change of the module
 
 
 @pytest.mark.parametrize("name", [Q_A, Q_B])

@@ -90,6 +90,15 @@ def test_pieces_make_up_the_same_file(tmp_path, size):
     assert (tmp_path / "y.safetensors").read_bytes() == (tmp_path / "z.safetensors").read_bytes()
 
 
+def test_tensors_begin_with_a_page_of_the_file(tmp_path):
+    for count in (1, 60):
+        entries = [(f"x{number}", "F32", (2,), 8) for number in range(count)]
+        write_shard(tmp_path / "x.safetensors", entries, lambda name: torch.zeros(2))
+        starts = [info.start for info in SafetensorsFile(tmp_path / "x.safetensors").tensors.values()]
+        assert min(starts) % 4096 == 0
+        assert load_file(tmp_path / "x.safetensors").keys() == {entry[0] for entry in entries}
+
+
 @pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(2), torch.zeros(1)], []])
 def test_wrong_number_of_bytes_is_an_error(tmp_path, content):
     with pytest.raises(RuntimeError, match="'x' has (12|0) bytes where 8 were announced"):

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_unlearn.errors import UnlearningError
-from hf_unlearn.extrapolation import LoraAdapter, extrapolate, plan_merge, save_forget_adapter
+from hf_unlearn.extrapolation import LoraAdapter, SafetensorsFile, extrapolate, plan_merge, save_forget_adapter
 from hf_unlearn.extrapolation import merge as merge_module
+from hf_unlearn.extrapolation import plan as plan_module
 
 
 ALPHA = 1.7
@@ -342,17 +343,25 @@ def test_disk_space_is_checked_first(tmp_path, llama_pair, monkeypatch):
     assert not (tmp_path / "deep").exists()
 
 
-def test_plan_writes_nothing_and_is_kept(tmp_path):
+def test_plan_writes_nothing_and_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_module, "compute_threads", lambda: 3)
     base, adapter, _ = save_pair(build_llama(), tmp_path, shard="40KB")
     plan = plan_merge(base, adapter, ALPHA, tmp_path / "out", dtype="bfloat16")
     assert not (tmp_path / "out").exists()
     extrapolate(base, adapter, ALPHA, tmp_path / "out", dtype="bfloat16", progress=False)
     written = {path.name: path.stat().st_size for path in (tmp_path / "out").iterdir()}
     assert plan.files.keys() == written.keys()
-    assert plan.total_bytes == pytest.approx(sum(written.values()), rel=0.05)
+    headers = {
+        path.name: min(info.start for info in SafetensorsFile(path).tensors.values())
+        for path in (tmp_path / "out").glob("*.safetensors")
+    }
+    assert len(headers) == 12
+    for name, size in written.items():
+        weights = name in headers
+        assert plan.files[name] == pytest.approx(size - headers.get(name, 0), rel=0 if weights else 0.1), name
     assert len(plan.adapted) == 6
-    # the largest adapted tensor: in fp32 and bf16 twice, five fp32 copies, its factors twice; or embeddings, twice
-    assert plan.peak_memory == max(64 * 96 * (2 * (4 + 2) + 5 * 4) + 2 * 4 * 4 * (64 + 96), 2 * 128 * 64 * (4 + 2))
+    # the largest adapted tensor in fp32, bf16 and four fp32 copies a thread, two in bf16, its factors twice
+    assert plan.peak_memory == 64 * 96 * (3 * (4 + 2 + 4 * 4) + 2 * 2) + 2 * 4 * 4 * (64 + 96)
 
 
 def test_forget_adapter_cannot_be_extrapolated_again(tmp_path, llama_pair):
