@@ -13,6 +13,7 @@ import datasets
 import pytest
 
 from hf_unlearn.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
+from hf_unlearn.cli.combine import CombineArguments
 from hf_unlearn.cli.common import _own_fields
 from hf_unlearn.cli.eval import EvalArguments
 from hf_unlearn.cli.extrapolate import ExtrapolateArguments
@@ -36,8 +37,9 @@ OPTIONS = {
     "eval": [EvalArguments],
     "sweep": [SweepArguments],
     "extrapolate": [ExtrapolateArguments],
+    "combine": [CombineArguments],
 }
-PAGE_OF = {"eval": "evaluate"}  # command: its page, where that has another name
+PAGE_OF = {"eval": "evaluate", "combine": "operators"}  # command: its page, where that has another name
 OPTION_ROW = re.compile(r"^\| `--(?P<name>\w+)` \| (?P<default>[^|]+) \|", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
