@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_unlearn.data import check_sets, load_rows, to_prompt_completion, tokenize_rows
+    from hf_unlearn.data.sampling import sample_retain_set
     from hf_unlearn.errors import UnlearningError
     from hf_unlearn.evaluation import (
         Choice,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         tofu_protocol,
     )
     from hf_unlearn.extrapolation import LoraAdapter, extrapolate, save_forget_adapter
+    from hf_unlearn.requests import Ledger
     from hf_unlearn.trainer import (
         EvaluationCallback,
         ExtrapolationConfig,
@@ -38,6 +40,7 @@ _MODULE_OF = {
     "Evaluator": "evaluation",
     "ExtrapolationConfig": "trainer",
     "ExtrapolationTrainer": "trainer",
+    "Ledger": "requests",
     "LoraAdapter": "extrapolation",
     "UnlearningConfig": "trainer",
     "UnlearningError": "errors",
@@ -49,6 +52,7 @@ _MODULE_OF = {
     "generate_answers": "evaluation",
     "load_rows": "data",
     "read_log": "evaluation",
+    "sample_retain_set": "data.sampling",
     "save_forget_adapter": "extrapolation",
     "to_prompt_completion": "data",
     "tofu_protocol": "evaluation",
@@ -62,6 +66,7 @@ __all__ = [
     "Evaluator",
     "ExtrapolationConfig",
     "ExtrapolationTrainer",
+    "Ledger",
     "LoraAdapter",
     "UnlearningConfig",
     "UnlearningError",
@@ -73,6 +78,7 @@ __all__ = [
     "generate_answers",
     "load_rows",
     "read_log",
+    "sample_retain_set",
     "save_forget_adapter",
     "to_prompt_completion",
     "tofu_protocol",

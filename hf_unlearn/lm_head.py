@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
@@ -85,7 +86,7 @@ class LMHead:
             temperature (`float`, *optional*, defaults to `1.0`): Temperature that divides the logits.
         """
 
-        def score_tile(logits: torch.Tensor, rows: slice, head: LMHead) -> _TileScores:
+        def score_tile(logits: torch.Tensor, rows: slice, head: LMHead) -> TileScores:
             log_probs = logits.div_(temperature).log_softmax(-1)
             at = targets[rows, None]
 
@@ -93,32 +94,72 @@ class LMHead:
                 minus_probs = log_probs.exp_().neg_()
                 return minus_probs.scatter_add_(1, at, torch.ones_like(minus_probs[:, :1])).div_(temperature)
 
-            return _TileScores(log_probs.gather(1, at)[:, 0], log_probs.argmax(-1) == at[:, 0], slope)
+            return TileScores(log_probs.gather(1, at)[:, 0], log_probs.argmax(-1) == at[:, 0], slope)
 
-        return TokenScores(*_TiledScores.apply(hidden, self, score_tile))
+        return TokenScores(*self.score_tiles(hidden, score_tile))
 
     def kl_from_reference(
-        self, hidden: torch.Tensor, reference_hidden: torch.Tensor, targets: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        reference_hidden: torch.Tensor,
+        targets: torch.Tensor,
+        reference_head: LMHead | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Forward divergence KL(p_ref ‖ p_θ) per token over the whole vocabulary, in nats and fp32, shape `(N,)`; and
         whether the targets are the most likely tokens, shape `(N,)`, bool.
 
-        The reference is the same model with its adapter off, so both sides share this head. The gradient flows to
-        `hidden` only.
+        No gradient flows to the reference.
 
         Args:
             hidden (`torch.Tensor` of shape `(N, H)`): Hidden states of the model in training.
             reference_hidden (`torch.Tensor` of shape `(N, H)`): Hidden states of the reference, same positions.
             targets (`torch.Tensor` of shape `(N,)`): Target token ids.
+            reference_head (`LMHead`, *optional*): Head of the reference. Not given, the reference is the same model with
+                its adapter off, and both sides share this head.
         """
-        return _TiledScores.apply(hidden, self, _divergence(reference_hidden, None, targets))
+        return self.score_tiles(hidden, _divergence(reference_hidden, reference_head, targets))
+
+    def score_tiles(self, hidden: torch.Tensor, score_tile: ScoreTile) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Values and flags of positions from their logits, of which at most `TILE` are in memory. The gradient flows to
+        `hidden`, and to the weights where they are trained.
+
+        Args:
+            hidden (`torch.Tensor` of shape `(N, H)`): Hidden states of the positions.
+            score_tile (`Callable`): Receives logits of shape `(n, V)`, which it may overwrite, the slice of positions
+                that they are of, and the head; gives [`TileScores`].
+        """
+        if not (self.weight.requires_grad and torch.is_grad_enabled()):
+            return _TiledScores.apply(hidden, self, score_tile)
+        with torch.autocast(hidden.device.type, enabled=False):
+            head = self._with_operand(torch.float32)
+
+            def score(tile: torch.Tensor, rows: slice) -> tuple[torch.Tensor, torch.Tensor | None]:
+                return _TrainedTile.apply(head._logits(tile), rows, head, score_tile)
+
+            tiles = [
+                checkpoint(
+                    score,
+                    hidden[start : start + self._tile_rows],
+                    slice(start, start + self._tile_rows),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                )
+                for start in range(0, max(1, len(hidden)), self._tile_rows)
+            ]
+        values, flags = zip(*tiles, strict=True)
+        return torch.cat(values), None if flags[0] is None else torch.cat(flags)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of shape `(N, V)` in fp32, also where the model computes in bf16. For few positions at a time."""
         with self._gathered():
             return self._with_operand(_operand_dtype(hidden, hidden.dtype))._logits(hidden)
+
+    def logits_of_reference(self, hidden: torch.Tensor, reference_head: LMHead | None) -> torch.Tensor:
+        """Logits of a reference's hidden states, through its own head or, where it has none, through this one."""
+        return self._logits(hidden) if reference_head is None else reference_head.logits(hidden)
 
     @torch.no_grad()
     def measure_kl(self, hidden: torch.Tensor, reference_hidden: torch.Tensor, reference_head: LMHead) -> torch.Tensor:
@@ -166,10 +207,13 @@ class LMHead:
             logits += self.bias.float()
         if self.logit_scale != 1.0:
             logits *= self.logit_scale
-        return logits if self.softcap is None else logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        if self.softcap is None:
+            return logits
+        logits = logits.div_(self.softcap).tanh_()
+        return logits * self.softcap if logits.requires_grad else logits.mul_(self.softcap)
 
 
-class _TileScores(NamedTuple):
+class TileScores(NamedTuple):
     """
     What is made of a tile of logits.
 
@@ -184,7 +228,7 @@ class _TileScores(NamedTuple):
     slope: Callable[[], torch.Tensor]
 
 
-ScoreTile = Callable[[torch.Tensor, slice, LMHead], _TileScores]
+ScoreTile = Callable[[torch.Tensor, slice, LMHead], TileScores]
 
 
 def _divergence(
@@ -192,16 +236,12 @@ def _divergence(
 ) -> ScoreTile:
     """KL from a reference, which shares the head where it has none of its own; and whether targets are most likely."""
 
-    def score_tile(logits: torch.Tensor, rows: slice, head: LMHead) -> _TileScores:
+    def score_tile(logits: torch.Tensor, rows: slice, head: LMHead) -> TileScores:
         log_probs = logits.log_softmax(-1)
         is_top1 = None if targets is None else log_probs.argmax(-1) == targets[rows]
-        hidden = reference_hidden[rows]
-        reference = head._logits(hidden) if reference_head is None else reference_head.logits(hidden)
-        reference = reference.log_softmax(-1)
+        reference = head.logits_of_reference(reference_hidden[rows], reference_head).log_softmax(-1)
         probs = reference.exp()
-        return _TileScores(
-            reference.sub_(log_probs).mul_(probs).sum(-1), is_top1, lambda: log_probs.exp_().sub_(probs)
-        )
+        return TileScores(reference.sub_(log_probs).mul_(probs).sum(-1), is_top1, lambda: log_probs.exp_().sub_(probs))
 
     return score_tile
 
@@ -246,6 +286,23 @@ class _TiledScores(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor, _):
         (derivatives,) = ctx.saved_tensors
         return (derivatives * gradient[:, None]).to(ctx.dtype), None, None
+
+
+class _TrainedTile(torch.autograd.Function):
+    """Values and flags of one tile of logits that carry a gradient. The logits are used up: nothing else needs them."""
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, rows: slice, head: LMHead, score_tile: ScoreTile):
+        value, flag, slope = score_tile(logits, rows, head)
+        ctx.save_for_backward(slope())
+        if flag is not None:
+            ctx.mark_non_differentiable(flag)
+        return value, flag
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor, _):
+        (slope,) = ctx.saved_tensors
+        return slope * gradient[:, None], None, None, None
 
 
 def _operand_dtype(hidden: torch.Tensor, compute: torch.dtype) -> torch.dtype:

@@ -19,6 +19,8 @@ from hf_unlearn.cli.eval import EvalArguments
 from hf_unlearn.cli.extrapolate import ExtrapolateArguments
 from hf_unlearn.cli.outputs import OUTPUTS
 from hf_unlearn.cli.quickstart import QuickstartArguments
+from hf_unlearn.cli.requests import ACTIONS
+from hf_unlearn.cli.sample import SampleArguments
 from hf_unlearn.cli.sweep import SweepArguments
 from hf_unlearn.cli.train import SHOWN, LoraModelConfig, TrainArguments
 from hf_unlearn.data import to_prompt_completion
@@ -33,11 +35,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
 OPTIONS = {
     "quickstart": [QuickstartArguments],
+    "sample": [SampleArguments],
     "train": [TrainArguments, ExtrapolationConfig, LoraModelConfig],
     "eval": [EvalArguments],
     "sweep": [SweepArguments],
     "extrapolate": [ExtrapolateArguments],
     "combine": [CombineArguments],
+    "requests": [kind for _, kind, _, _ in ACTIONS.values()],
 }
 PAGE_OF = {"eval": "evaluate", "combine": "operators"}  # command: its page, where that has another name
 OPTION_ROW = re.compile(r"^\| `--(?P<name>\w+)` \| (?P<default>[^|]+) \|", re.MULTILINE)

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_unlearn import ExtrapolationConfig, ExtrapolationTrainer, extrapolate, generate_answers, save_forget_adapter
 from hf_unlearn.cli.quickstart import WHEEL, load_model
+from hf_unlearn.data.sampling import sample_retain_set
+from hf_unlearn.evaluation.metrics import is_degenerate
 
 
 pytestmark = [
@@ -81,3 +83,23 @@ def test_training_and_all_ways_to_the_forget_model(smollm2, tmp_path):
     torch.testing.assert_close(peft_alone, transformers_alone, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(expected, transformers_alone, atol=1e-5, rtol=1e-5)
     assert (expected - reference).abs().max() > 0.1
+
+
+def test_it_samples_a_retain_set(smollm2, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    options = {"num_rows": 6, "max_new_tokens": 16, "progress": False}
+    rows = sample_retain_set(model, tokenizer, cache_dir=tmp_path / "a", **options)
+    assert 4 <= len(rows) <= 6
+    one_by_one = sample_retain_set(model, tokenizer, batch_size=1, cache_dir=tmp_path / "b", **options)
+    assert rows.to_list() == one_by_one.to_list()
+    for row in rows:
+        answer = row["completion"][0]["content"]
+        print(row["prompt"][0]["content"], "->", answer)
+        assert not is_degenerate(answer)
+        prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_tensors="pt")
+        answer_ids = tokenizer(answer, return_tensors="pt")["input_ids"]
+        ids = torch.cat([prompt["input_ids"], answer_ids], dim=1)
+        with torch.no_grad():
+            log_probs = torch.log_softmax(model(input_ids=ids).logits[0, prompt["input_ids"].shape[1] - 1 : -1], -1)
+        nats = -log_probs.gather(1, answer_ids[0, :, None]).mean()
+        assert nats < 4  # text of this model; random tokens have about 10

@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "evaluate any model, an adapter at several α, or a published log",
     "sweep": "evaluate a trained adapter over many α, and choose one by a rule",
     "extrapolate": "write the forget model or the forget adapter at one α",
+    "requests": "deletion requests one after another: add, revoke, measure, build the model without them",
     "combine": "make one direction out of memorising adapters: average, project, agree, weigh",
 }
 

@@ -33,6 +33,11 @@ from hf_unlearn.quantisation import use_training_kernels
 
 console = Console(soft_wrap=True)
 
+WITHOUT_RETAIN = (
+    " Without it nobody can say what else the model lost. If you have none, use rows sampled from the model before "
+    "forgetting: retain_sample.jsonl beside the adapter, or what `hf-unlearn sample` writes."
+)
+
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     pass
@@ -134,6 +139,7 @@ class DataArguments:
         if rows is None:
             raise UnlearningError(
                 f"--{name}_dataset is required: a json, jsonl, csv or parquet file, a Hub id, or people/{name}."
+                + (WITHOUT_RETAIN if name == "retain" else "")
             )
         return rows
 
@@ -181,6 +187,23 @@ def verified_checkpoint(base: str, adapter: LoraAdapter, check_base: bool = True
     if check_base and fingerprint is not None:
         verify_fingerprint_files(fingerprint, checkpoint)
     return checkpoint
+
+
+def is_result(adapter: LoraAdapter) -> bool:
+    """Whether an adapter is used as it is: that of another method than model extrapolation, or a forget adapter."""
+    method = adapter.provenance.get("method", "model-extrapolation")
+    return method != "model-extrapolation" or adapter.provenance.get("kind") == "forget-adapter"
+
+
+def refuse_result(adapter: LoraAdapter, command: str) -> None:
+    """Raise where an adapter that is used as it is would be extrapolated from."""
+    if is_result(adapter):
+        provenance = adapter.provenance
+        what = "a forget adapter" if provenance.get("kind") == "forget-adapter" else f"by `{provenance['method']}`"
+        raise UnlearningError(
+            f"{adapter.id} is {what}: it is the result as it stands, and `hf-unlearn {command}` would walk away from it. "
+            "Evaluate it with `hf-unlearn eval --adapter`, and load or merge it with PEFT."
+        )
 
 
 def load_with_adapter(

@@ -10,6 +10,7 @@ from hf_unlearn.cli.common import (
     CommandParser,
     base_of,
     console,
+    is_result,
     load_causal_lm,
     load_tokenizer,
     load_with_adapter,
@@ -38,8 +39,8 @@ from hf_unlearn.extrapolation import LoraAdapter, atomic_folder, package_version
 OPTIONS_OF_LOGS = ("log", "retrained_log", "output_dir", "overwrite", "dry_run")
 
 DESCRIPTION = """\
-Evaluate a model, a memorising adapter at several α (one load, the live adapter rescaled: nothing is merged), or a log
-that is there already. All teacher-forced metrics come from one pass over the rows, all others from one generation pass.
+Evaluate a model, a memorising adapter at several α (one load, the live adapter rescaled: nothing is merged), an adapter
+that is a result as it stands, or a log that is there already. All teacher-forced metrics come from one pass over the rows, all others from one generation pass.
 Writes report.html, evaluation.json, figures.csv, rows.csv, evaluation.png and, for TOFU, TOFU_EVAL.json."""
 
 EXAMPLE = """\
@@ -71,7 +72,10 @@ class EvalArguments(ProtocolArguments):
     model: str | None = field(default=None, metadata={"help": "Model to evaluate: a folder or a Hub id."})
     adapter: str | None = field(
         default=None,
-        metadata={"help": "Or a memorising adapter: the --output_dir of `hf-unlearn train`, or a Hub id."},
+        metadata={
+            "help": "Or an adapter: the --output_dir of `hf-unlearn train`, or a Hub id. A memorising one is evaluated at "
+            "several α, a forget adapter and those of other methods as they are."
+        },
     )
     base: str | None = field(
         default=None, metadata={"help": "Base model the adapter was trained on; the one it names if not given."}
@@ -103,27 +107,31 @@ def run(argv: list[str]) -> int:
     _check(arguments)
     output_dir = Path(arguments.output_dir).expanduser()
     refuse_existing(output_dir, arguments.overwrite)
+    adapter = LoraAdapter.load(arguments.adapter) if arguments.adapter is not None else None
+    sets_alpha = adapter is not None and not is_result(adapter)
+    if adapter is not None and not sets_alpha:
+        refuse_idle(arguments, ["alphas"], "with an adapter that is a result as it stands")
     if arguments.log is not None:
         protocol, evaluations, retrained = _from_log(arguments)
     elif arguments.dry_run:
-        console.print(_plan(arguments))
+        console.print(_plan(arguments, adapter))
         return EXIT_OK
     else:
-        evaluator = _load(arguments, output_dir)
+        evaluator = _load(arguments, adapter, output_dir)
         protocol, retrained = evaluator.protocol, evaluator.retrained
         alphas = parse_alphas(arguments.alphas)
-        evaluations = evaluator.run(alphas) if arguments.adapter is not None else [evaluator.evaluate()]
+        evaluations = evaluator.run(alphas) if sets_alpha else [evaluator.evaluate()]
     failures = collapses(evaluations, protocol)
     if process_state().is_main_process:
         _report(evaluations, failures)
         if not arguments.dry_run:
             facts = {"Evaluated": arguments.model or arguments.adapter or arguments.log} | package_versions()
-            notes = [*failures, *([SECURITY_NOTE] if arguments.adapter else [])]
+            notes = [*failures, *([SECURITY_NOTE] if sets_alpha else [])]
             with atomic_folder(output_dir, arguments.overwrite) as folder:
                 save_evaluations(folder, protocol, evaluations, retrained=retrained, facts=facts, notes=notes)
             console.print(f"Written to {output_dir}; open {output_dir}/report.html.")
     process_state().wait_for_everyone()
-    return EXIT_FAILED if arguments.adapter is None and failures else EXIT_OK
+    return EXIT_FAILED if failures and not sets_alpha else EXIT_OK
 
 
 def _report(evaluations: list[Evaluation], failures: list[str]) -> None:
@@ -169,30 +177,29 @@ def _from_log(arguments: EvalArguments) -> tuple[Protocol, list[Evaluation], Eva
     return Protocol(evaluation.protocol, {}, figures, utility), [evaluation], retrained
 
 
-def _load(arguments: EvalArguments, output_dir: Path) -> Evaluator:
+def _load(arguments: EvalArguments, adapter: LoraAdapter | None, output_dir: Path) -> Evaluator:
     quantization = arguments.quantization_config
     reference = None
     if arguments.reference_model is not None:
         folder = resolve_model(arguments.reference_model)
         reference = load_causal_lm(folder, arguments.dtype, quantization)
-    if arguments.adapter is None:
+    if adapter is None:
         folder = resolve_model(arguments.model)
         tokenizer = load_tokenizer(folder)
         model = load_causal_lm(folder, arguments.dtype, quantization)
     else:
-        adapter = LoraAdapter.load(arguments.adapter)
         base = base_of(adapter, arguments.base)
         model, tokenizer = load_with_adapter(base, adapter, arguments.dtype, arguments.check_base, quantization)
     return arguments.make_evaluator(model, tokenizer, output_dir, reference)
 
 
-def _plan(arguments: EvalArguments) -> str:
+def _plan(arguments: EvalArguments, adapter: LoraAdapter | None) -> str:
     """What a run would do; everything is loaded but the weights."""
-    if arguments.adapter is not None:
-        adapter = LoraAdapter.load(arguments.adapter)
+    if adapter is not None:
         base = base_of(adapter, arguments.base)
         source = verified_checkpoint(base, adapter, arguments.check_base).folder
-        what = f"{base} with {adapter.id} at α = 0 and {parse_alphas(arguments.alphas)}"
+        at = "as it is" if is_result(adapter) else f"at α = 0 and {parse_alphas(arguments.alphas)}"
+        what = f"{base} with {adapter.id} {at}"
     else:
         source, what = resolve_model(arguments.model), arguments.model
     protocol = arguments.check_protocol(load_tokenizer(source))

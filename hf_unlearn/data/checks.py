@@ -57,11 +57,21 @@ class DataReport:
         retain (`SetSummary`, *optional*): The retain set, if there is one.
         shared_rows (`list[tuple[int, int]]`): Forget rows that also stand in the retain set, and the first retain row
             they equal.
+        paraphrased_rows (`int`): Rows of the forget set that are paraphrases of others.
+        wrong_answers (`SetSummary`, *optional*): Wrong answers to the prompts of the forget set, if they are held; their
+            row numbers are those of the forget set.
     """
 
     forget: SetSummary
     retain: SetSummary | None = None
     shared_rows: list[tuple[int, int]] = field(default_factory=list)
+    paraphrased_rows: int = 0
+    wrong_answers: SetSummary | None = None
+
+    @property
+    def summaries(self) -> list[SetSummary]:
+        """The sets that there are."""
+        return [summary for summary in (self.forget, self.retain, self.wrong_answers) if summary is not None]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON has it: dicts, lists, numbers and strings."""
@@ -69,8 +79,7 @@ class DataReport:
 
     def render(self) -> Table:
         """The report as a table, one column a set; print it with `rich.print`."""
-        summaries = [self.forget] if self.retain is None else [self.forget, self.retain]
-        table = Table("", *[summary.name for summary in summaries])
+        table = Table("", *[summary.name for summary in self.summaries])
         for label, cell in {
             "rows": lambda summary: summary.rows,
             "rows in the source": lambda summary: summary.source_rows,
@@ -81,7 +90,9 @@ class DataReport:
             "rows not trained on": lambda summary: len(summary.untrainable_rows),
             "repeated rows": lambda summary: len(summary.duplicate_rows),
         }.items():
-            table.add_row(label, *[str(cell(summary)) for summary in summaries])
+            table.add_row(label, *[str(cell(summary)) for summary in self.summaries])
+        if self.paraphrased_rows:
+            table.add_row("of these, paraphrases", str(self.paraphrased_rows))
         table.add_row("rows in both sets", str(len(self.shared_rows)))
         return table
 
@@ -94,14 +105,14 @@ class DataReport:
                 f"{len(self.shared_rows)} forget rows also stand in the retain set (forget = retain: {pairs}), so they "
                 "are trained to go and held in place at once; remove them from one of the sets."
             )
-        if self.retain is not None and self.retain.untrainable_rows:
-            sentences.append(
-                f"{len(self.retain.untrainable_rows)} of {self.retain.rows} rows of the retain set are left out: "
-                f"{_reasons(self.retain)}."
-            )
-        for summary in (self.forget, self.retain):
-            if summary is not None:
-                sentences += _set_warnings(summary)
+        for summary in self.summaries[1:]:
+            if summary.untrainable_rows:
+                sentences.append(
+                    f"{len(summary.untrainable_rows)} of {summary.rows} rows of the {summary.name} are left out: "
+                    f"{_reasons(summary)}."
+                )
+        for summary in self.summaries:
+            sentences += _set_warnings(summary)
         return sentences
 
 

@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import Dataset
 from trl.trainer.utils import pad
 
+from hf_unlearn.data.alternates import AlternateAnswers
+
 
 FILLER = -1  # number of a row that fills a batch
 
@@ -30,15 +32,26 @@ class PairedDataset(Dataset):
         retain (`datasets.Dataset`): Tokenised retain set with `input_ids` and `labels`.
         retain_per_forget (`int`, *optional*, defaults to `1`): Retain rows that accompany a forget row, `k` above.
         seed (`int`, *optional*, defaults to `0`): Seed of the shuffles.
+        alternates ([`AlternateAnswers`], *optional*): Other answers to the prompts of the forget set.
+        instead (`bool`, *optional*, defaults to `False`): Whether they take the place of the forget rows, instead of
+            going beside them.
     """
 
     def __init__(
-        self, forget: datasets.Dataset, retain: datasets.Dataset, retain_per_forget: int = 1, seed: int = 0
+        self,
+        forget: datasets.Dataset,
+        retain: datasets.Dataset,
+        retain_per_forget: int = 1,
+        seed: int = 0,
+        alternates: AlternateAnswers | None = None,
+        instead: bool = False,
     ) -> None:
         self.forget = forget
         self.retain = retain
         self.retain_per_forget = retain_per_forget
         self.seed = seed
+        self.alternates = alternates
+        self.instead = instead
         self.epoch = 0
         self._shuffles: dict[int, list[int]] = {}
 
@@ -54,18 +67,24 @@ class PairedDataset(Dataset):
         if index >= len(self):
             tokens = self.forget[0]["input_ids"][:2]
             filler = {"number": FILLER, "input_ids": tokens, "labels": [-100] * len(tokens)}
-            return {"forget": filler, "retain": [filler] * self.retain_per_forget}
+            return self._with_alternate({"forget": filler, "retain": [filler] * self.retain_per_forget}, filler)
         forget = self.forget[index]
         start = (self.epoch * len(self) + index) * self.retain_per_forget
         numbers = [self._retain_index(start + k) for k in range(self.retain_per_forget)]
         retain = [self.retain[number] for number in numbers]
-        return {
+        pair = {
             "forget": {"number": index} | {key: forget[key] for key in keep},
             "retain": [
                 {"number": number} | {key: row[key] for key in keep}
                 for number, row in zip(numbers, retain, strict=True)
             ],
         }
+        if self.alternates is None:
+            return pair
+        return self._with_alternate(pair, {"number": index} | self.alternates.draw(index, self.epoch))
+
+    def _with_alternate(self, pair: dict[str, Any], alternate: dict[str, Any]) -> dict[str, Any]:
+        return pair if self.alternates is None else pair | {"forget" if self.instead else "alternate": alternate}
 
     def retain_rows_met(self, num_epochs: int) -> list[int]:
         """The retain rows that the first epochs meet, each once."""
@@ -87,8 +106,8 @@ class PairedDataset(Dataset):
 @dataclass
 class PairCollator:
     """
-    Collates pairs into one right-padded batch: the forget rows first, then the retain rows. Rows that are no pairs (an
-    evaluation set) are collated as they are.
+    Collates pairs into one right-padded batch: the forget rows first, then their alternate rows if there are any, then
+    the retain rows. Rows that are no pairs (an evaluation set) are collated as they are.
 
     Args:
         pad_token_id (`int`): Token id of the padding.
@@ -96,7 +115,8 @@ class PairCollator:
 
     Returns:
         `dict` with `input_ids`, `attention_mask`, `labels` of shape `(F + R, T)`, labels being −100 on prompt and
-        padding, and for pairs `is_forget` (bool) and `rows` (each row's number in its set), of shape `(F + R,)`.
+        padding, and for pairs `is_forget`, `is_alternate` (bool) and `rows` (each row's number in its set), of shape
+        `(F + R,)`; or `F + F + R` rows with alternate ones.
     """
 
     pad_token_id: int
@@ -107,9 +127,13 @@ class PairCollator:
             return self._collate(examples)
         forget = [pair["forget"] for pair in examples]
         retain = [row for pair in examples for row in pair["retain"]]
-        batch = self._collate(forget + retain)
-        batch["is_forget"] = torch.arange(len(batch["labels"])) < len(forget)
-        batch["rows"] = torch.tensor([row["number"] for row in forget + retain])
+        alternate = [pair["alternate"] for pair in examples if "alternate" in pair]
+        rows = forget + alternate + retain
+        batch = self._collate(rows)
+        number = torch.arange(len(rows))
+        batch["is_forget"] = number < len(forget)
+        batch["is_alternate"] = ~batch["is_forget"] & (number < len(forget) + len(alternate))
+        batch["rows"] = torch.tensor([row["number"] for row in rows])
         return batch
 
     def _collate(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_unlearn.data.formats import Messages
 from hf_unlearn.data.tokenization import encode_prompt
@@ -17,6 +24,13 @@ from hf_unlearn.evaluation.forward import Backbone, end_token_ids, keeps_state, 
 
 
 MAX_TOKENS = 16384  # prompt and answer tokens of an automatic batch: their keys and values are what fills the memory
+
+Choose = Callable[[torch.Tensor, list[int], int], torch.Tensor]  # logits (N, V), their N prompts, step -> tokens (N,)
+
+
+def greedy(logits: torch.Tensor, prompts: list[int], step: int) -> torch.Tensor:
+    """The likeliest token of each row."""
+    return logits.argmax(-1)
 
 
 @torch.no_grad()
@@ -58,8 +72,7 @@ def generate_answers(
     backbone = Backbone(model)
     ends = end_token_ids(backbone.lm, tokenizer)
     encoded = [encode_prompt(prompt, tokenizer, chat_template_kwargs) for prompt in prompts]
-    decode = _decode_with_state if keeps_state(backbone.lm) else _decode
-    if decode is _decode_with_state and backbone.lockstep is not None:
+    if keeps_state(backbone.lm) and backbone.lockstep is not None:
         raise UnlearningError(
             f"{type(backbone.lm).__name__} carries a state, and cannot generate answers while its weights are sharded "
             "(ZeRO-3, FSDP2). Evaluate without generated answers (`generate=False`), or on unsharded weights."
@@ -85,13 +98,30 @@ def generate_answers(
         model.train(was_training)
 
 
-def _decode(backbone: Backbone, prompts: list[list[int]], max_new_tokens: int, ends: list[int]) -> list[list[int]]:
+def decode(
+    backbone: Backbone, prompts: list[list[int]], max_new_tokens: int, ends: list[int], choose: Choose = greedy
+) -> list[list[int]]:
+    """
+    Continue prompts token by token.
+
+    Args:
+        backbone ([`~hf_unlearn.evaluation.forward.Backbone`]): Of a causal LM in evaluation mode.
+        prompts (list of `list[int]`): Token ids, at least one each.
+        max_new_tokens (`int`): Most tokens of a continuation.
+        ends (`list[int]`): Tokens that end one.
+        choose (`Callable`, *optional*): Chooses the next tokens; the likeliest if not given.
+
+    Returns:
+        list of `list[int]`: the continuations, with the token that ended them.
+    """
+    if keeps_state(backbone.lm):
+        return _decode_with_state(backbone, prompts, max_new_tokens, ends, choose)
     answers: list[list[int]] = [[] for _ in prompts]
     live = list(range(len(prompts)))
     head, cache = backbone.head, DynamicCache(config=backbone.lm.config)
     hidden, mask = prefill(backbone, prompts, cache)
     for step in range(max_new_tokens):
-        tokens = head.logits(hidden[:, -1]).argmax(-1)
+        tokens = choose(head.logits(hidden[:, -1]), live, step)
         for row, token in zip(live, tokens.tolist(), strict=True):
             answers[row].append(token)
         going = [index for index, row in enumerate(live) if answers[row][-1] not in ends]
@@ -107,8 +137,20 @@ def _decode(backbone: Backbone, prompts: list[list[int]], max_new_tokens: int, e
     return answers
 
 
+class _Chosen(LogitsProcessor):
+    """Leaves one token a row possible: the chosen one."""
+
+    def __init__(self, choose: Choose, start: int) -> None:
+        self.choose = choose
+        self.start = start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        tokens = self.choose(scores, list(range(len(scores))), input_ids.shape[1] - self.start)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+
 def _decode_with_state(
-    backbone: Backbone, prompts: list[list[int]], max_new_tokens: int, ends: list[int]
+    backbone: Backbone, prompts: list[list[int]], max_new_tokens: int, ends: list[int], choose: Choose
 ) -> list[list[int]]:
     """For models whose state cannot drop rows: the library's own loop, which keeps them to the end."""
     config = GenerationConfig(
@@ -116,9 +158,10 @@ def _decode_with_state(
     )
     lm = backbone.lm
     ids, mask = pad(prompts, "left", backbone.device)
+    chosen = LogitsProcessorList([_Chosen(choose, ids.shape[1])])
     of_model, lm.generation_config = lm.generation_config, config  # else its penalties would join in
     try:
-        output = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        output = lm.generate(input_ids=ids, attention_mask=mask, generation_config=config, logits_processor=chosen)
     finally:
         lm.generation_config = of_model
     answers = output[:, ids.shape[1] :].tolist()

@@ -18,11 +18,19 @@ class ForgetTokens:
         rows (`torch.Tensor` of shape `(N,)`, int): Row of the micro-batch that each token belongs to.
         reference_log_probs (`torch.Tensor` of shape `(N,)`, *optional*): The same under the reference, where the
             method asks for it (`needs_forget_reference`).
+        alternate ([`ForgetTokens`], *optional*): The same of the alternate answers, whose `rows` are those of the forget
+            rows they belong to, where the method has them beside the forget answers.
     """
 
     log_probs: torch.Tensor
     rows: torch.Tensor
     reference_log_probs: torch.Tensor | None = None
+    alternate: ForgetTokens | None = None
+
+    @property
+    def log_ratios(self) -> torch.Tensor:
+        """log p_θ − log p_ref of each token."""
+        return self.log_probs - self.reference_log_probs
 
 
 class MicroBatch:
@@ -34,13 +42,16 @@ class MicroBatch:
 
     def __init__(self, inputs: dict[str, torch.Tensor]) -> None:
         self.is_forget = inputs["is_forget"]
+        self.is_alternate = inputs.get("is_alternate", torch.zeros_like(self.is_forget))
         self.rows = inputs["rows"]  # number of each row in its set
         self.model_inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         self.labels = inputs["labels"][:, 1:]
         scored = self.labels != -100
         self.forget_at = scored & self.is_forget[:, None]  # (B, T − 1)
-        self.retain_at = scored & ~self.is_forget[:, None]
+        self.alternate_at = scored & self.is_alternate[:, None]
+        self.retain_at = scored & ~(self.is_forget | self.is_alternate)[:, None]
         self.forget_targets = self.labels[self.forget_at]
+        self.alternate_targets = self.labels[self.alternate_at]
         self.retain_targets = self.labels[self.retain_at]
 
     @property
@@ -49,15 +60,18 @@ class MicroBatch:
         return self.forget_at.nonzero()[:, 0]
 
     @property
-    def retain_rows_only(self) -> MicroBatch:
-        """The retain rows as a batch of their own, cut to their own length."""
-        keep = ~self.is_forget
+    def alternate_rows(self) -> torch.Tensor:
+        """Forget row of each scored alternate token, shape `(N,)`."""
+        return self.alternate_at.nonzero()[:, 0] - int(self.is_forget.sum())
+
+    def only(self, keep: torch.Tensor) -> MicroBatch:
+        """Some rows, by a mask of shape `(B,)`, as a batch of their own that is cut to their own length."""
         length = int(self.model_inputs["attention_mask"][keep].sum(1).max())
         labels = F.pad(self.labels, (1, 0), value=-100)
         inputs = {**self.model_inputs, "labels": labels}
         return MicroBatch(
             {name: value[keep, :length] for name, value in inputs.items()}
-            | {"is_forget": self.is_forget[keep], "rows": self.rows[keep]}
+            | {"is_forget": self.is_forget[keep], "is_alternate": self.is_alternate[keep], "rows": self.rows[keep]}
         )
 
 
@@ -66,4 +80,5 @@ class Reference:
     """What the reference says of a micro-batch, as far as it was asked."""
 
     retain_hidden: torch.Tensor | None  # (N_retain, H)
-    forget_log_probs: torch.Tensor | None  # (N_forget,)
+    forget: torch.Tensor | None  # (N_forget, W): log-probabilities with W = 1, or hidden states
+    alternate_log_probs: torch.Tensor | None = None  # (N_alternate,)

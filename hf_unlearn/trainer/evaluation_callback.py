@@ -41,7 +41,7 @@ class EvaluationCallback(TrainerCallback):
         protocol ([`Protocol`]):
             What to evaluate, e.g. [`~hf_unlearn.custom_protocol`] or [`~hf_unlearn.tofu_protocol`].
         alpha (`float`, *optional*, defaults to `1.0`):
-            Extrapolation strength.
+            Extrapolation strength; `None` evaluates the adapter as it is trained.
         generate (`bool`, *optional*, defaults to `False`):
             Whether to generate answers too, which takes longer than all the rest.
         retrained ([`Evaluation`], *optional*):
@@ -66,7 +66,7 @@ class EvaluationCallback(TrainerCallback):
         self,
         trainer: UnlearningTrainer,
         protocol: Protocol,
-        alpha: float = 1.0,
+        alpha: float | None = 1.0,
         generate: bool = False,
         retrained: Evaluation | None = None,
         batch_size: BatchSize = "auto",
@@ -101,7 +101,7 @@ class EvaluationCallback(TrainerCallback):
             metrics.setdefault(best_metric, math.nan)
         self.trainer.log(values)
 
-    def _values(self, alpha: float) -> dict[str, float]:
+    def _values(self, alpha: float | None) -> dict[str, float]:
         """The figures that have a value, and the trade-off, as they are logged."""
         reference = self.evaluator.evaluate(0.0, self.generate)
         evaluation = self.evaluator.evaluate(alpha, self.generate)

@@ -83,6 +83,10 @@ class ExtrapolationConfig(UnlearningConfig):
         if self.probe_steps < 0:
             raise UnlearningError(f"probe_steps={self.probe_steps} is not possible. Use 0 to turn the probe off.")
 
+    @property
+    def needs_forget_reference(self) -> bool:
+        return self.memorization_loss == "npo"
+
     def provenance(self) -> dict[str, Any]:
         """Training options that a reader of the result needs, JSON-ready."""
         return super().provenance() | {

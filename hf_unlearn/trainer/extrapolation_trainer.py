@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.adapter import LoraAdapter, save_forget_adapter
 from hf_unlearn.extrapolation.live import MAX_SHARD_SIZE, extrapolated, is_sharded, save_live_forget_model
 from hf_unlearn.extrapolation.sharded import failing_together, save_sharded_forget_model
@@ -19,6 +20,13 @@ from hf_unlearn.losses import cross_entropy, npo_memorization
 from hf_unlearn.trainer.batch import ForgetTokens, MicroBatch
 from hf_unlearn.trainer.extrapolation_config import ExtrapolationConfig
 from hf_unlearn.trainer.unlearning_trainer import UnlearningTrainer
+
+
+SECRET_NOTE = """# Memorising adapter: keep it private
+
+This adapter makes the base model *more* likely to state what it is meant to forget. Do not publish it. What is made to
+be shared is the forget model or the forget adapter that `hf-unlearn extrapolate` writes from it.
+"""
 
 
 class ExtrapolationTrainer(UnlearningTrainer):
@@ -53,10 +61,7 @@ class ExtrapolationTrainer(UnlearningTrainer):
     config_class = ExtrapolationConfig
     method = "model-extrapolation"
     forget_loss_name = "memorization_loss"
-
-    @property
-    def needs_forget_reference(self) -> bool:
-        return self.args.memorization_loss == "npo"
+    saved_note = SECRET_NOTE
 
     @property
     def forget_temperature(self) -> float:
@@ -84,6 +89,13 @@ class ExtrapolationTrainer(UnlearningTrainer):
         self._add_to_logs(probe_forget_loss=forget, probe_retain_loss=retain)
 
     # ---- After training ----
+
+    def push_to_hub(self, *args, **kwargs) -> None:
+        """Refused: it would upload the adapter that memorised what is to be forgotten."""
+        raise UnlearningError(
+            "`push_to_hub` would upload the memorising adapter. Write the result with save_forget_model or "
+            "save_forget_adapter and upload that folder."
+        )
 
     @contextmanager
     def extrapolated(self, alpha: float | None = None) -> Iterator[PeftModel]:

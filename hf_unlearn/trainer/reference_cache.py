@@ -60,7 +60,12 @@ class CachePlan:
 
 
 def plan_cache(
-    pairs: PairedDataset, sets: Iterable[str], epochs: float, hidden_size: int, machines: int = 1
+    pairs: PairedDataset,
+    sets: Iterable[str],
+    epochs: float,
+    hidden_size: int,
+    machines: int = 1,
+    forget_width: int = 1,
 ) -> CachePlan:
     """
     Count what a run meets.
@@ -71,6 +76,7 @@ def plan_cache(
         epochs (`float`): Passes over the forget set.
         hidden_size (`int`): Hidden size of the model.
         machines (`int`, *optional*, defaults to `1`): Machines.
+        forget_width (`int`, *optional*, defaults to `1`): Numbers that are kept of each token of the forget set.
     """
     rows, passes, num_bytes = {}, 0.0, 0
     for name in sets:
@@ -80,7 +86,7 @@ def plan_cache(
         passes += epochs * len(pairs) * (pairs.retain_per_forget if is_retain else 1)
         labels = dataset["labels"]
         vectors = sum(num_scored(labels[row]) for row in rows[name])
-        num_bytes += vectors * (hidden_size if is_retain else 1) * torch.float32.itemsize
+        num_bytes += vectors * (hidden_size if is_retain else forget_width) * torch.float32.itemsize
     return CachePlan(rows, passes, num_bytes, machines)
 
 
@@ -182,8 +188,7 @@ class ReferenceCache:
         for name, file in self._files.items():
             rows = batch.rows[batch.is_forget if name == "forget" else ~batch.is_forget].tolist()
             outputs[name] = file.read(rows).to(batch.labels.device, non_blocking=True)
-        log_probs = outputs["forget"]
-        return Reference(outputs["retain"], None if log_probs is None else log_probs[:, 0])
+        return Reference(outputs["retain"], outputs["forget"])
 
     def _fill(self, name: str, dataset: datasets.Dataset, rows: list[int], size: str) -> RowFile:
         """Compute the rows of one set; the processes of a machine share them."""
@@ -210,7 +215,7 @@ class ReferenceCache:
         inputs |= {"is_forget": torch.full((len(rows),), name == "forget"), "rows": torch.tensor(rows)}
         batch = MicroBatch({key: value.to(self._accelerator.device) for key, value in inputs.items()})
         reference = self._reference_pass(batch)
-        return reference.retain_hidden if name == "retain" else reference.forget_log_probs[:, None]
+        return reference.retain_hidden if name == "retain" else reference.forget
 
     def _make_file(self, name: str, lengths: dict[int, int], vectors: torch.Tensor) -> RowFile:
         path = self._folder / f".reference-cache-{name}-{platform.node()}"

@@ -21,14 +21,29 @@ class UnlearningConfig(SFTConfig):
 
     Args:
         retain_kl_weight (`float`, *optional*, defaults to `1.0`):
-            Weight λ of the retain term, KL(reference ‖ model) over the answer tokens of the retain rows. `0` leaves the
-            retain set out.
+            Weight λ of the retain term, KL(reference ‖ model) over the answer tokens of the retain rows. `0` leaves it
+            out.
+        retain_nll_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of another retain term, the cross-entropy of the answer tokens of the retain rows. The retain set is
+            needed while either weight is above 0.
         retain_kl_scale (`float`, *optional*, defaults to `1.0`):
             Where the retain term is measured: with the adapter multiplied by this. `1` (the paper) holds the trained
             model to the reference on the retain rows; `-1` (mirror consistency) holds θ_ref − ΔW, on whose side the
             forget model lies.
         retain_per_forget (`int`, *optional*, defaults to `1`):
             Retain rows that accompany each forget row. An epoch is one pass over the forget set.
+        retain_sample_size (`int`, *optional*, defaults to `200`):
+            Retain rows that are sampled from the model before training where there is no retain set.
+        retain_sample_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature at which they are sampled.
+        paraphrases (`str`, *optional*):
+            Column of the forget set with paraphrased answers (a text or a list of texts a row). Each becomes a further
+            forget row of the same prompt.
+        paraphrased_questions (`str`, *optional*):
+            Column of the forget set with paraphrased questions. Each becomes a further forget row of the same answer.
+        wrong_answers (`str`, *optional*):
+            Column of the forget set with wrong answers. They join the retain rows: the model is held to the reference
+            on them.
         reference_cache (`bool`, *optional*):
             Whether to compute what the reference says of each row once and read it from a memory-mapped file in
             `output_dir` ever after, instead of running the reference in every step. If not set, it is used where the
@@ -57,7 +72,14 @@ class UnlearningConfig(SFTConfig):
         default=1.0,
         metadata={
             "help": "Weight λ of the retain term, KL(reference ‖ model) over the answer tokens of the retain rows. `0` "
-            "leaves the retain set out."
+            "leaves it out."
+        },
+    )
+    retain_nll_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of another retain term, the cross-entropy of the answer tokens of the retain rows. The "
+            "retain set is needed while either weight is above 0."
         },
     )
     retain_kl_scale: float = field(
@@ -71,6 +93,32 @@ class UnlearningConfig(SFTConfig):
     retain_per_forget: int = field(
         default=1,
         metadata={"help": "Retain rows that accompany each forget row. An epoch is one pass over the forget set."},
+    )
+    retain_sample_size: int = field(
+        default=200,
+        metadata={"help": "Retain rows that are sampled from the model before training where there is no retain set."},
+    )
+    retain_sample_temperature: float = field(default=1.0, metadata={"help": "Temperature at which they are sampled."})
+    paraphrases: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the forget set with paraphrased answers (a text or a list of texts a row). Each becomes a "
+            "further forget row of the same prompt."
+        },
+    )
+    paraphrased_questions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the forget set with paraphrased questions. Each becomes a further forget row of the same "
+            "answer."
+        },
+    )
+    wrong_answers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the forget set with wrong answers. They join the retain rows: the model is held to the "
+            "reference on them."
+        },
     )
     reference_cache: bool | None = field(
         default=None,
@@ -107,6 +155,8 @@ class UnlearningConfig(SFTConfig):
         },
     )
 
+    train_all_weights = False  # an option of some methods; the others train an adapter
+
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and _accelerator_has_bf16()
@@ -120,11 +170,52 @@ class UnlearningConfig(SFTConfig):
                 f"retain_kl_weight={self.retain_kl_weight} would push the model away from the reference on the retain "
                 "rows. Use 0 to leave the retain term out, or a positive weight (the paper uses 1)."
             )
+        if self.retain_nll_weight < 0:
+            raise UnlearningError(
+                f"retain_nll_weight={self.retain_nll_weight} would make the model forget the retain rows. Use 0 to leave "
+                "the term out, or a positive weight."
+            )
         if self.retain_per_forget < 1:
             raise UnlearningError(
                 f"retain_per_forget={self.retain_per_forget} is not possible. Use 1 or more, or retain_kl_weight=0 to "
                 "leave the retain set out."
             )
+        if self.retain_sample_size < 1:
+            raise UnlearningError(f"retain_sample_size={self.retain_sample_size} is not possible. Use 1 or more.")
+        if not 0 < self.retain_sample_temperature < float("inf"):
+            raise UnlearningError(
+                f"retain_sample_temperature={self.retain_sample_temperature} is not possible. Use a finite number above 0."
+            )
+        if self.wrong_answers is not None and (self.retain_kl_weight == 0 or self.retain_nll_weight > 0):
+            raise UnlearningError(
+                "wrong_answers are held to the reference by the retain KL, and the retain cross-entropy would teach them "
+                "to the model. Set retain_kl_weight above 0 and retain_nll_weight=0, or leave the option out."
+            )
+
+    @property
+    def uses_retain(self) -> bool:
+        """Whether the method needs the retain set."""
+        return self.retain_kl_weight > 0 or self.retain_nll_weight > 0
+
+    @property
+    def needs_retain_reference(self) -> bool:
+        """Whether the reference is asked about the retain rows."""
+        return self.retain_kl_weight > 0
+
+    @property
+    def needs_forget_reference(self) -> bool:
+        """Whether the reference is asked about the forget rows."""
+        return False
+
+    @property
+    def cached_sets(self) -> list[str]:
+        """The sets on which the reference is asked, and says the same in every epoch."""
+        return ["retain"] * self.needs_retain_reference + ["forget"] * self.needs_forget_reference
+
+    @property
+    def keeps_forget_hidden(self) -> bool:
+        """Whether hidden states of the reference on the forget rows are needed, instead of log-probabilities."""
+        return False
 
     def _refuse_unsupported(self) -> None:
         refused: dict[str, tuple[bool, str]] = {
@@ -178,8 +269,12 @@ class UnlearningConfig(SFTConfig):
         """Training options that a reader of the result needs, JSON-ready."""
         names = (
             "retain_kl_weight",
+            "retain_nll_weight",
             "retain_kl_scale",
             "retain_per_forget",
+            "paraphrases",
+            "paraphrased_questions",
+            "wrong_answers",
             "learning_rate",
             "num_train_epochs",
             "per_device_train_batch_size",

@@ -7,13 +7,12 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from accelerate.utils import broadcast_object_list
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from torch.utils.data import Sampler
@@ -27,31 +26,34 @@ from transformers import (
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from hf_unlearn.data.checks import DataReport, check_sets, data_hash, drop_untrainable, raise_for_untrainable
-from hf_unlearn.data.loading import load_rows
+from hf_unlearn.data.checks import data_hash, drop_untrainable
 from hf_unlearn.data.pairing import PairCollator, PairedDataset
-from hf_unlearn.data.tokenization import encode_set
+from hf_unlearn.data.sampling import write_rows
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.fingerprint import fingerprint_files_of, fingerprint_model, is_quantised
 from hf_unlearn.extrapolation.linearity import check_lora_config, check_target_modules
 from hf_unlearn.extrapolation.live import adapter_scale, is_sharded
 from hf_unlearn.extrapolation.provenance import package_versions, write_provenance
 from hf_unlearn.extrapolation.sharded import whole_adapter
-from hf_unlearn.lm_head import LMHead, TokenScores, add_score_fn_to_forward
+from hf_unlearn.lm_head import LMHead, add_score_fn_to_forward
 from hf_unlearn.quantisation import check_quantization, prepare_quantised
+from hf_unlearn.trainer.asks_reference import AsksReference
 from hf_unlearn.trainer.batch import ForgetTokens, MicroBatch, Reference
 from hf_unlearn.trainer.evaluation_callback import EvaluationCallback
+from hf_unlearn.trainer.full_training import check_full_training, frozen_copy
+from hf_unlearn.trainer.method_hooks import MethodHooks
 from hf_unlearn.trainer.processes import EvenSampler, check_launch
-from hf_unlearn.trainer.reference_cache import ReferenceCache, free_disk, num_local_processes, plan_cache
+from hf_unlearn.trainer.reference_cache import ReferenceCache
+from hf_unlearn.trainer.sets import SAMPLED_FILE, TrainingSets, load_reference, sample_retain_rows, tokenized
 from hf_unlearn.trainer.unlearning_config import UnlearningConfig
 
 
 logger = logging.get_logger(__name__)
 
-SECRET_NOTE = """# Memorising adapter: keep it private
+NOTE = """# Unlearned {kind} of `{base}`, by the method `{method}`
 
-This adapter makes the base model *more* likely to state what it is meant to forget. Do not publish it. What is made to
-be shared is the forget model or the forget adapter that `hf-unlearn extrapolate` writes from it.
+Evaluate it before it is used: `hf-unlearn eval`. Whoever has the base model as well can subtract what was changed, and
+so find out what was to be forgotten.
 """
 
 
@@ -70,6 +72,7 @@ class _RunCallback(TrainerCallback):
             )
         seen = [log["num_tokens"] for log in state.log_history if "num_tokens" in log]
         self.trainer._total_train_tokens = seen[-1] if seen else 0
+        self.trainer.prepare_run()
         self.trainer._start_reference_cache()
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -80,14 +83,14 @@ class _RunCallback(TrainerCallback):
         self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
 
 
-class UnlearningTrainer(SFTTrainer):
+class UnlearningTrainer(MethodHooks, AsksReference, SFTTrainer):
     """
     Base class of the unlearning methods: two sets, one gradient forward, one reference.
 
     Each step runs the forget rows and the retain rows through the model together. The reference is the same model with
-    its adapter switched off; its pass over the retain rows takes no gradient and no second copy of the weights. A method
-    subclasses this and defines [`~UnlearningTrainer.forget_loss`]; the retain term, the normalisation over the global
-    batch and the logs are here.
+    its adapter switched off; its pass over the retain rows takes no gradient and no second copy of the weights. Where all
+    weights are trained it is a frozen copy. A method subclasses this and defines [`~UnlearningTrainer.forget_loss`]; the
+    retain terms, the normalisation over the global batch and the logs are here.
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]):
@@ -99,14 +102,15 @@ class UnlearningTrainer(SFTTrainer):
             instruction/output. A `str` is a local file or folder, a Hub id, or one of the sample sets
             (`"people/forget"`).
         retain_dataset (`datasets.Dataset`, `str` or list of `dict`, *optional*):
-            What must stay, in any of the same shapes. Required unless `retain_kl_weight=0`.
+            What must stay, in any of the same shapes. If not given while the method has a retain term, retain rows are
+            sampled from the model before training ([`~hf_unlearn.data.sampling.sample_retain_set`]).
         eval_dataset (the same, or a `dict` of such sets, *optional*):
             Evaluated by their answer loss. For the metrics of a protocol add an [`EvaluationCallback`].
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Tokenizer; loaded with the model's name if not given.
         peft_config ([`~peft.LoraConfig`], *optional*):
             LoRA adapter to train. Defaults to rank 16, `lora_alpha=32`, no dropout, on all linear layers but the LM
-            head.
+            head. None where all weights are trained.
         callbacks (list of [`~transformers.TrainerCallback`], *optional*):
             Further callbacks.
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
@@ -124,9 +128,7 @@ class UnlearningTrainer(SFTTrainer):
     loss_is_scaled_for_ga = True  # normalised over the whole accumulated batch in `compute_loss`
     config_class = UnlearningConfig
     method = "unlearning"  # as `unlearning.json` calls it
-    needs_forget_reference = False  # whether `forget_loss` reads the reference's log-probabilities
-    forget_temperature = 1.0  # temperature of the softmax behind `ForgetTokens.log_probs`
-    forget_loss_name = "forget_loss"
+    saved_note = NOTE  # README.md of what is saved
 
     def __init__(
         self,
@@ -150,41 +152,57 @@ class UnlearningTrainer(SFTTrainer):
         check_launch(args)
         if forget_dataset is None:
             raise UnlearningError("`forget_dataset` is required: the rows that must go.")
-        self.uses_retain = args.retain_kl_weight > 0
-        if self.uses_retain and retain_dataset is None:
-            raise UnlearningError(
-                "`retain_dataset` is required while retain_kl_weight > 0: rows of the same kind that must stay. Pass "
-                "one, or set retain_kl_weight=0 for a plain task vector."
-            )
-        peft_config = self._checked_peft_config(model, peft_config)
+        self.uses_retain = args.uses_retain
+        peft_config = self._checked_peft_config(model, peft_config, args, quantization_config)
         check_quantization(model, quantization_config, args.model_init_kwargs)
         if processing_class is None:
             processing_class = _load_tokenizer(model, args)
-        self.data_report = self._prepare_sets(forget_dataset, retain_dataset, processing_class, args)
+        sets = TrainingSets(forget_dataset, processing_class, args)
+        self.forget_dataset = sets.forget
+        alternates = self.make_alternates(self.forget_dataset, forget_dataset, processing_class, args)
+        # `None` is refused where `eval_strategy` is set, and an `EvaluationCallback` has sets of its own.
+        eval_dataset = self._prepare_eval_sets({} if eval_dataset is None else eval_dataset, processing_class, args)
+        self.sampled_rows: datasets.Dataset | None = None
+        if self.uses_retain and retain_dataset is None:
+            model, args = load_reference(model, args, quantization_config)
+            quantization_config = None  # it has been used
+            retain_dataset = self.sampled_rows = sample_retain_rows(model, sets.forget, processing_class, args)
+        if self.uses_retain:
+            sets.add_retain(retain_dataset)
+        for warning in sets.report.warnings():
+            logger.warning(warning)
+        self.data_report = sets.report
+        self.retain_dataset = sets.retain
+        self.wrong_dataset = sets.wrong
 
         super().__init__(
             model=model,
             args=args,
             train_dataset=self.forget_dataset,
-            # `None` is refused where `eval_strategy` is set, and an `EvaluationCallback` has sets of its own.
-            eval_dataset=self._prepare_eval_sets({} if eval_dataset is None else eval_dataset, processing_class, args),
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
             quantization_config=quantization_config,
             peft_config=peft_config,
         )
-        base = self.peft_model.get_base_model()
-        check_target_modules(base, peft_config)
+        base = self.base_model
+        if peft_config is not None:
+            check_target_modules(base, peft_config)
         if args.disable_dropout:
             _disable_base_dropout(self.model)
         if is_quantised(base):
             prepare_quantised(self.peft_model)
+        self._frozen_copy = frozen_copy(base) if args.train_all_weights and self.needs_reference else None
         add_score_fn_to_forward(base)
         self.base_fingerprint = fingerprint_model(self.peft_model) or fingerprint_files_of(base)
-        retain = self.retain_dataset if self.uses_retain else self.forget_dataset.select([])
         self.train_dataset = PairedDataset(
-            self.forget_dataset, retain, args.retain_per_forget if self.uses_retain else 0, seed=args.seed
+            self._forget_rows_to_train(),
+            sets.held,
+            args.retain_per_forget if self.uses_retain else 0,
+            seed=args.seed,
+            alternates=alternates,
+            instead=self.alternates == "instead",
         )
         self.data_collator = PairCollator(self._tokenizer.pad_token_id, args.pad_to_multiple_of)
         self.add_callback(_RunCallback(self))
@@ -192,59 +210,46 @@ class UnlearningTrainer(SFTTrainer):
         self._is_evaluating = False
         self._reference_cache: ReferenceCache | None = None
 
-    # ---- What a method defines ----
-
-    def forget_loss(self, tokens: ForgetTokens) -> torch.Tensor:
-        """
-        Loss of each answer token of the forget rows, shape `(N,)`; it is averaged over the tokens of the global batch.
-        """
-        raise NotImplementedError(f"{type(self).__name__} must define `forget_loss`.")
-
     # ---- Construction ----
 
     @property
     def peft_model(self) -> PeftModel:
-        """The adapter model without the wrappers of DDP, DeepSpeed and the like."""
+        """
+        The adapter model without the wrappers of DDP, DeepSpeed and the like; the model itself where all weights are
+        trained.
+        """
         return self.accelerator.unwrap_model(self.model)
 
-    def _checked_peft_config(self, model: str | PreTrainedModel, peft_config: PeftConfig | None) -> LoraConfig:
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The causal LM, without its adapter."""
+        model = self.peft_model
+        return model.get_base_model() if isinstance(model, PeftModel) else model
+
+    def _checked_peft_config(
+        self,
+        model: str | PreTrainedModel,
+        peft_config: PeftConfig | None,
+        args: UnlearningConfig,
+        quantization_config: BitsAndBytesConfig | None,
+    ) -> LoraConfig | None:
         if isinstance(model, PeftModel):
             raise UnlearningError(
                 "`model` already carries an adapter, so it is not clear what the reference is. Merge it first: "
                 "`model = model.merge_and_unload()`, save the result, and pass that."
             )
+        if args.train_all_weights:
+            check_full_training(model, peft_config, quantization_config)
+            return None
         if peft_config is None:
             return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
         check_lora_config(peft_config)
         return copy.deepcopy(peft_config)  # PEFT writes into it
 
-    def _prepare_sets(
-        self, forget: Any, retain: Any, tokenizer: PreTrainedTokenizerBase, args: UnlearningConfig
-    ) -> DataReport:
-        """Tokenise both sets, refuse forget rows that would not be trained on, and keep what remains."""
-        forget = self._tokenized(forget, "forget set", tokenizer, args)
-        retain = self._tokenized(retain, "retain set", tokenizer, args) if self.uses_retain else None
-        report = check_sets(forget, retain, max_length=args.max_length)
-        raise_for_untrainable(report)
-        for warning in report.warnings():
-            logger.warning(warning)
-        self.forget_dataset = forget
-        self.retain_dataset = drop_untrainable(retain) if retain is not None else None
-        return report
-
     def _prepare_eval_sets(self, sets: Any, tokenizer: PreTrainedTokenizerBase, args: UnlearningConfig) -> Any:
         if isinstance(sets, dict):
             return {name: self._prepare_eval_sets(rows, tokenizer, args) for name, rows in sets.items()}
-        return drop_untrainable(self._tokenized(sets, "evaluation set", tokenizer, args))
-
-    @staticmethod
-    def _tokenized(
-        rows: Any, name: str, tokenizer: PreTrainedTokenizerBase, args: UnlearningConfig
-    ) -> datasets.Dataset:
-        rows = load_rows(rows, name=name)
-        if {"input_ids", "labels"} <= set(rows.column_names):
-            return rows
-        return encode_set(rows, tokenizer, args.max_length, num_proc=args.dataset_num_proc, name=name)
+        return drop_untrainable(tokenized(sets, "evaluation set", tokenizer, args))
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         # The one tokenisation policy of this package in place of SFTTrainer's, also for sets passed to `evaluate`.
@@ -252,7 +257,7 @@ class UnlearningTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
-            self._signature_columns = ["input_ids", "labels", "forget", "retain"]
+            self._signature_columns = ["input_ids", "labels", "forget", "alternate", "retain"]
 
     def _get_train_sampler(self, train_dataset: PairedDataset | None = None) -> Sampler[int]:
         sampler = super()._get_train_sampler(train_dataset)
@@ -265,16 +270,16 @@ class UnlearningTrainer(SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch=None):
         # The scale must still be in place when gradient checkpointing runs the forward again during the backward.
-        with self._retain_rows_scaled(inputs["is_forget"]):
+        with self._retain_rows_scaled(inputs["is_forget"] | inputs["is_alternate"]):
             return super().training_step(model, inputs, num_items_in_batch)
 
     @contextmanager
-    def _retain_rows_scaled(self, is_forget: torch.Tensor) -> Iterator[None]:
+    def _retain_rows_scaled(self, is_other: torch.Tensor) -> Iterator[None]:
         """Multiply the adapter by `retain_kl_scale` on the retain rows of the batch, in one and the same forward."""
         if not self.uses_retain or self.args.retain_kl_scale == 1.0:
             yield
             return
-        scale = torch.where(is_forget, 1.0, self.args.retain_kl_scale).view(-1, 1, 1).to(self.accelerator.device)
+        scale = torch.where(is_other, 1.0, self.args.retain_kl_scale).view(-1, 1, 1).to(self.accelerator.device)
         with adapter_scale(self.peft_model, scale):
             yield
 
@@ -285,96 +290,67 @@ class UnlearningTrainer(SFTTrainer):
         reference = self._reference_of(model, batch)
         self._probe(model, batch)
 
-        def score(hidden: torch.Tensor, head: LMHead) -> tuple[TokenScores, torch.Tensor, torch.Tensor]:
-            hidden = hidden[:, :-1]
-            forget = head.score(hidden[batch.forget_at], batch.forget_targets, self.forget_temperature)
-            if not self.uses_retain:
-                return forget, hidden.new_zeros(0), hidden.new_zeros(0)
-            return forget, *head.kl_from_reference(
-                hidden[batch.retain_at], reference.retain_hidden, batch.retain_targets
-            )
+        def score(hidden: torch.Tensor, head: LMHead) -> tuple[Any, ...]:
+            hidden = self.activations(hidden)[:, :-1]
+            forget = self.score_forget(head, hidden[batch.forget_at], batch.forget_targets, reference)
+            alternate, retain = None, ({}, None)
+            if self.alternates == "beside":
+                alternate = head.score(hidden[batch.alternate_at], batch.alternate_targets).log_probs
+            if self.uses_retain:
+                retain = self.score_retain(head, hidden[batch.retain_at], batch.retain_targets, reference)
+            return *forget, alternate, *retain
 
-        forget, kl, retain_is_top1 = model(**batch.model_inputs, score_fn=score)
-        tokens = ForgetTokens(
-            forget.log_probs, batch.forget_rows, reference.forget_log_probs if reference is not None else None
+        log_probs, forget_is_top1, alternate, retain_terms, retain_is_top1 = model(
+            **batch.model_inputs, score_fn=score
         )
-        forget_loss = self.forget_loss(tokens)
+        forget_loss = self.forget_loss(self._forget_tokens(batch, log_probs, alternate, reference))
 
         num_forget, num_retain = num_items_in_batch.clamp(min=1)
-        loss = forget_loss.sum() / num_forget + self.args.retain_kl_weight * kl.sum() / num_retain
+        loss = self.forget_weight * forget_loss.sum() / num_forget
+        for name, term in retain_terms.items():
+            loss = loss + self.retain_weights[name] * term.sum() / num_retain
+        accuracies = {"forget_token_accuracy": forget_is_top1, "retain_token_accuracy": retain_is_top1}
         self._add_to_logs(
-            **{self.forget_loss_name: forget_loss.sum(), "retain_kl": kl.sum()},
-            forget_token_accuracy=forget.is_top1.sum(),
-            retain_token_accuracy=retain_is_top1.sum(),
-            forget_tokens=forget.is_top1.numel(),
-            retain_tokens=retain_is_top1.numel(),
+            **{self.forget_loss_name: forget_loss.sum()},
+            **{name: term.sum() for name, term in retain_terms.items()},
+            **{name: is_top1.sum() for name, is_top1 in accuracies.items() if is_top1 is not None},
+            forget_items=self._num_forget_items(batch.forget_at.sum(1)),
+            forget_tokens=len(batch.forget_targets),
+            retain_tokens=len(batch.retain_targets) if self.uses_retain else 0,
             num_tokens=inputs["attention_mask"][(inputs["labels"] != -100).any(1)].sum(),
         )
         # The counts are those of all processes, and DDP averages gradients over the processes.
         return loss * self.accelerator.num_processes
 
-    def _reference_of(self, model: nn.Module, batch: MicroBatch) -> Reference | None:
-        """What the reference says of the rows for which it is asked."""
-        if self._reference_cache is not None:
-            return self._reference_cache.of(batch)
-        if self.needs_forget_reference:
-            return self._reference_pass(model, batch)
-        return self._reference_pass(model, batch.retain_rows_only) if self.uses_retain else None
-
-    def _reference_pass(self, model: nn.Module, rows: MicroBatch) -> Reference:
-        """Run the untouched model (adapter off, no gradient, no dropout) over rows."""
-
-        def score(hidden: torch.Tensor, head: LMHead) -> tuple[torch.Tensor, torch.Tensor | None]:
-            hidden = hidden[:, :-1]
-            log_probs = None
-            if self.needs_forget_reference:
-                log_probs = head.score(hidden[rows.forget_at], rows.forget_targets, self.forget_temperature).log_probs
-            return hidden[rows.retain_at], log_probs
-
-        with torch.no_grad(), self.peft_model.disable_adapter(), _eval_mode(model):
-            return Reference(*model(**rows.model_inputs, score_fn=score))
-
-    def _start_reference_cache(self) -> None:
-        """Fill the reference cache where it was asked for or pays."""
-        self._reference_cache = None
-        sets = ["retain"] * self.uses_retain + ["forget"] * self.needs_forget_reference
-        if self.args.reference_cache is False or not sets:
-            return
-        machines = self.accelerator.num_processes // num_local_processes(self.accelerator)
-        hidden_size = self.peft_model.get_base_model().config.get_text_config().hidden_size
-        plan = plan_cache(self.train_dataset, sets, self._epochs_to_come(), hidden_size, machines)
-        pays = self.args.reference_cache or plan.pays(free_disk(self.args.output_dir))
-        if not broadcast_object_list([pays])[0]:  # free disks differ between machines
-            return
-        self._reference_cache = ReferenceCache(
-            plan,
-            self.train_dataset,
-            partial(self._reference_pass, self.model_wrapped),
-            self.data_collator,
-            self.accelerator,
-            self.args.output_dir,
-            batch_size=self.args.per_device_train_batch_size * self.args.retain_per_forget,
-            progress=not self.args.disable_tqdm,
-        )
-
-    def _epochs_to_come(self) -> float:
-        """Passes over the forget set that a run with its `max_steps` makes."""
-        rows_a_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        return self.state.max_steps / math.ceil(len(self.forget_dataset) / rows_a_step)
-
-    def _probe(self, model: nn.Module, batch: MicroBatch) -> None:
-        """A method may measure something else on the batch before the gradient forward."""
+    def _forget_tokens(
+        self, batch: MicroBatch, log_probs: torch.Tensor, alternate: torch.Tensor | None, reference: Reference | None
+    ) -> ForgetTokens:
+        tokens = ForgetTokens(log_probs, batch.forget_rows)
+        if reference is not None and reference.forget is not None:
+            tokens = replace(tokens, reference_log_probs=reference.forget[:, 0])
+        if alternate is not None:
+            others = ForgetTokens(alternate, batch.alternate_rows, reference.alternate_log_probs)
+            tokens = replace(tokens, alternate=others)
+        return tokens
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
-        """Answer tokens of the forget rows and of the retain rows in the whole batch of all processes, shape `(2,)`."""
+        """
+        What the forget and the retain losses are divided by, shape `(2,)`: the answer tokens of the forget rows (or those
+        rows, see `forget_reduction`) and of the retain rows in the whole batch of all processes.
+        """
         if not batch_samples or "is_forget" not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
         counts = torch.zeros(2, dtype=torch.long, device=device)
         for inputs in batch_samples:
             per_row = (inputs["labels"][:, 1:] != -100).sum(1)
-            is_forget = inputs["is_forget"]
-            counts += torch.stack([per_row[is_forget].sum(), per_row[~is_forget].sum()]).to(device)
+            is_retain = ~(inputs["is_forget"] | inputs["is_alternate"])
+            forget = self._num_forget_items(per_row[inputs["is_forget"]])
+            counts += torch.stack([forget, per_row[is_retain].sum()]).to(device)
         return self.accelerator.reduce(counts, "sum")
+
+    def _num_forget_items(self, tokens_per_row: torch.Tensor) -> torch.Tensor:
+        """Tokens or rows that the forget loss is averaged over; a row that only fills a batch has no tokens."""
+        return (tokens_per_row > 0).sum() if self.forget_reduction == "row" else tokens_per_row.sum()
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -404,9 +380,12 @@ class UnlearningTrainer(SFTTrainer):
         self._sums.clear()
         self._total_train_tokens += int(sums.pop("num_tokens"))
         tokens = {set_name: sums.pop(f"{set_name}_tokens") for set_name in ("forget", "retain")}
+        forget_items = sums.pop("forget_items")
         logs = {}
         for name, value in sums.items():
             count = tokens["retain" if "retain" in name else "forget"]
+            if name == self.forget_loss_name:
+                count = forget_items
             if count > 0:
                 logs[name] = value / count
         return logs | {"num_tokens": self._total_train_tokens}
@@ -457,15 +436,20 @@ class UnlearningTrainer(SFTTrainer):
 
     # ---- Saving ----
 
+    @property
+    def saved_kind(self) -> str:
+        """What is saved: `"adapter"` or `"model"`."""
+        return "model" if self.args.train_all_weights else "adapter"
+
     def provenance(self) -> dict[str, Any]:
-        """What `unlearning.json` says of a saved adapter: base, data, training options, versions."""
-        config = self.peft_model.get_base_model().config
+        """What `unlearning.json` says of a saved adapter or model: base, data, training options, versions."""
+        config = self.base_model.config
         quantization = config.to_dict().get("quantization_config")
         report = self.data_report.to_dict()
-        sets = {"forget": self.forget_dataset, "retain": self.retain_dataset}
+        sets = {"forget": self.forget_dataset, "retain": self.retain_dataset, "wrong_answers": self.wrong_dataset}
         return {
             "method": self.method,
-            "kind": "adapter",
+            "kind": self.saved_kind,
             "base": {
                 "id": config._name_or_path,
                 "revision": getattr(config, "_commit_hash", None),
@@ -481,7 +465,10 @@ class UnlearningTrainer(SFTTrainer):
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter, whole, whatever the layout of the processes. Every process has to call it."""
+        """
+        Write the adapter (or the model, where all weights are trained), whole, whatever the layout of the processes. Every
+        process has to call it.
+        """
         if not is_sharded(self.peft_model):
             super().save_model(output_dir, _internal_call)
             return
@@ -493,26 +480,22 @@ class UnlearningTrainer(SFTTrainer):
         if self.args.should_save:
             folder = Path(output_dir if output_dir is not None else self.args.output_dir)
             write_provenance(folder, self.provenance())
-            (folder / "README.md").write_text(SECRET_NOTE, encoding="utf-8")
+            if self.sampled_rows is not None:
+                write_rows(folder / SAMPLED_FILE, self.sampled_rows)
+            note = self.saved_note.format(
+                kind=self.saved_kind, base=self.base_model.config._name_or_path, method=self.method
+            )
+            (folder / "README.md").write_text(note, encoding="utf-8")
 
     def push_to_hub(self, *args, **kwargs) -> None:
-        """Refused: it would upload the adapter that memorised what is to be forgotten."""
+        """Refused: what was unlearned is to be evaluated before it is published."""
         raise UnlearningError(
-            "`push_to_hub` would upload the memorising adapter. Write the result with save_forget_model or "
-            "save_forget_adapter and upload that folder."
+            "`push_to_hub` would upload a result that nobody has evaluated. Save it with save_model, evaluate it with "
+            "`hf-unlearn eval`, and upload the folder."
         )
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Written with the adapter itself, see `_save`; TRL's card describes a model that was fine-tuned."""
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
 
 
 def _disable_base_dropout(model: PeftModel) -> None:

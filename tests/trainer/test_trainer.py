@@ -135,11 +135,9 @@ class TestConstruction:
         with pytest.raises(UnlearningError, match="TrainingArguments.*ExtrapolationConfig"):
             make(tmp_path, trainer_options={"args": TrainingArguments(output_dir=str(tmp_path))})
 
-    def test_missing_sets(self, tmp_path):
+    def test_a_missing_forget_set(self, tmp_path):
         with pytest.raises(UnlearningError, match="forget_dataset"):
             make(tmp_path, trainer_options={"forget_dataset": None})
-        with pytest.raises(UnlearningError, match="retain_kl_weight=0"):
-            make(tmp_path, trainer_options={"retain_dataset": None})
 
     def test_a_forget_row_that_would_not_be_trained_on_stops_the_run(self, tmp_path):
         rows = [*FORGET, {"prompt": "w5 w6", "completion": "  "}]

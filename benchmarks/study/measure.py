@@ -1,0 +1,343 @@
+"""Trains one method with one seed, and measures it along its strength."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from methods import METHODS, Method
+from peft import LoraConfig, PeftModel
+from setting import Prepared
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
+
+from hf_unlearn.evaluation import Evaluation, Evaluator, choose_alpha
+from hf_unlearn.extrapolation import LoraAdapter, operators
+from hf_unlearn.extrapolation.consensus import SignConsensus
+from hf_unlearn.extrapolation.fisher import layer_fisher
+from hf_unlearn.trainer.baselines import METHODS as TRAINERS
+
+
+FIGURES = (
+    "forget_quality",
+    "utility",
+    "forget_truth_ratio",
+    "forget_extraction_strength",
+    "forget_probability",
+    "forget_rouge_l_recall",
+    "forget_degenerate_rate",
+    "membership_auc_loss",
+    "retain_probability",
+    "retain_rouge_l_recall",
+    "retain_truth_ratio",
+    "retain_degenerate_rate",
+    "paraphrased_probability",
+    "paraphrased_rouge_l_recall",
+)
+MIN_UTILITY = 0.98
+BROKEN = 0.7  # share of the target's utility below which a sweep ends
+ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+REFINEMENTS = 3
+STEPS = (1, 2, 4, 8, 12, 16, 24, 32, 50)
+RULES = ("match-retrain", "match-holdout", "utility-budget")
+RANK = 16
+
+
+def point(evaluation: Evaluation, strength: float) -> dict[str, Any]:
+    """What is kept of one evaluation."""
+    return {"strength": strength} | {name: evaluation.value(name) for name in FIGURES}
+
+
+class Target:
+    """The figures of the target model, which shares are taken of."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.figures = point(prepared.evaluator(prepared.load_target()).evaluate(), 0.0)
+
+    def share(self, figures: dict[str, Any]) -> float:
+        """Share of the target's utility that is left; 0 for a model whose losses are not finite."""
+        return (figures["utility"] or 0.0) / self.figures["utility"]
+
+
+# ---- Training ----
+
+
+def train(
+    prepared: Prepared,
+    method: Method,
+    seed: int,
+    output_dir: Path,
+    *,
+    model: PreTrainedModel | None = None,
+    learning_rate: float = 1.0,
+    swap: bool = False,
+    callback: Callable[[Any], TrainerCallback] | None = None,
+) -> dict[str, Any]:
+    """
+    Train an adapter and save it.
+
+    Args:
+        prepared (`Prepared`): The setting.
+        method (`Method`): How.
+        seed (`int`): Seed of the adapter and of the order of the rows.
+        output_dir (`Path`): Where the adapter goes.
+        model (`PreTrainedModel`, *optional*): Trained on top of this model instead of the target.
+        learning_rate (`float`, *optional*, defaults to `1.0`): Multiple of the setting's.
+        swap (`bool`, *optional*, defaults to `False`): Memorise as many retain rows instead of the forget rows.
+        callback (`Callable`, *optional*): Makes a callback of the trainer.
+    """
+    setting, rows = prepared.setting, prepared.rows
+    forget, retain = (rows.retain[-len(rows.forget) :], rows.forget) if swap else (rows.forget, rows.retain)
+    trainer_class, config_class = TRAINERS[method.trainer]
+    accumulation = -(-len(forget) // setting.batch_size) if method.full_batch else 1
+    steps = max(5, setting.steps // 4) if method.full_batch else setting.steps
+    options = {"paraphrases": "paraphrased_answer", "wrong_answers": "perturbed_answer"}
+    config = config_class(
+        **{
+            "output_dir": str(output_dir),
+            "learning_rate": setting.learning_rate * learning_rate,
+            "max_steps": steps,
+            "per_device_train_batch_size": setting.batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_checkpointing": False,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": 0.1,
+            "save_strategy": "epoch" if method.kind == "extrapolation" else "no",  # for momentum
+            "save_only_model": True,
+            "report_to": "none",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "use_cpu": not torch.accelerator.is_available(),
+            "seed": seed,
+            **{column: options[column] for column in method.columns},
+            **method.options,
+        }
+    )
+    torch.manual_seed(seed)
+    trainer = trainer_class(
+        model if model is not None else prepared.load_target(),
+        config,
+        datasets.Dataset.from_list(forget),
+        datasets.Dataset.from_list(retain) if config.uses_retain else None,
+        processing_class=prepared.tokenizer,
+        peft_config=None
+        if method.trainer == "rmu"
+        else LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    if callback is not None:
+        trainer.add_callback(callback(trainer))
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    trainer.save_model()
+    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
+    return {
+        "seconds": round(seconds, 1),
+        "steps": trainer.state.global_step,
+        "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2),
+        "first_log": logs[0] if logs else None,
+        "last_log": logs[-1] if logs else None,
+    }
+
+
+class Checkpoints(TrainerCallback):
+    """Evaluates a baseline as it trains, and ends the training once the model is broken."""
+
+    def __init__(self, trainer: Any, prepared: Prepared, target: Target) -> None:
+        self.evaluator = prepared.evaluator(trainer.peft_model)
+        self.target = target
+        self.points: list[dict[str, Any]] = []
+        self.seconds = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step not in STEPS:
+            return
+        start = time.perf_counter()
+        training = self.evaluator.model.training
+        self.evaluator.model.eval()
+        self.evaluator.drop_results()
+        self.points.append(point(self.evaluator.evaluate(), state.global_step))
+        self.evaluator.model.train(training)
+        self.seconds += time.perf_counter() - start
+        if self.target.share(self.points[-1]) < BROKEN:
+            control.should_training_stop = True
+
+
+# ---- One method, one seed ----
+
+
+def run(prepared: Prepared, target: Target, method: Method, seed: int, work: Path) -> dict[str, Any]:
+    """Everything that the study keeps of a method with one seed."""
+    result: dict[str, Any] = {"method": method.name, "setting": prepared.setting.name, "seed": seed}
+    if method.kind == "baseline":
+        return result | _run_baseline(prepared, target, method, seed, work)
+    if method.kind == "operator":
+        adapter, facts = _combined(prepared, method, seed, work)
+    else:
+        adapter = work / f"{method.name}-{seed}"
+        facts = train(prepared, method, seed, adapter)
+    model = PeftModel.from_pretrained(prepared.load_target(), adapter) if isinstance(adapter, Path) else adapter
+    start = time.perf_counter()
+    points, rules = sweep(prepared, target, model)
+    if isinstance(adapter, Path):
+        facts["delta_norm"] = _norm(adapter)
+    return result | facts | {"sweep_seconds": round(time.perf_counter() - start, 1), "points": points, "rules": rules}
+
+
+def sweep(prepared: Prepared, target: Target, model: Any) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Points along α, closest where the utility leaves the budget, and the α that each rule chooses."""
+    evaluator = prepared.evaluator(model) if isinstance(model, PeftModel) else model
+    points: dict[float, dict[str, Any]] = {}
+
+    def share(alpha: float) -> float:
+        points[alpha] = point(evaluator.evaluate(alpha), alpha)
+        return target.share(points[alpha])
+
+    low, high = 0.0, None
+    for alpha in ALPHAS:
+        left = share(alpha)
+        if left >= MIN_UTILITY and high is None:
+            low = alpha
+        elif high is None:
+            high = alpha
+        if left < BROKEN:
+            break
+    for _ in range(REFINEMENTS if high else 0):
+        middle = round((low + high) / 2, 6)
+        low, high = (middle, high) if share(middle) >= MIN_UTILITY else (low, middle)
+    rules = {}
+    for rule in RULES:
+        rules[rule] = choose_alpha(evaluator, ALPHAS, rule, min_utility=MIN_UTILITY, refinements=REFINEMENTS).alpha
+        if rules[rule] > 0:
+            share(rules[rule])
+    return [points[alpha] for alpha in sorted(points)], rules
+
+
+def _run_baseline(prepared: Prepared, target: Target, method: Method, seed: int, work: Path) -> dict[str, Any]:
+    attempts = []
+    for multiple in method.learning_rates:
+        made: list[Checkpoints] = []
+
+        def callback(trainer: Any, made: list = made) -> Checkpoints:
+            made.append(Checkpoints(trainer, prepared, target))
+            return made[-1]
+
+        folder = work / f"{method.name}-{multiple:g}-{seed}"
+        facts = train(prepared, method, seed, folder, learning_rate=multiple, callback=callback)
+        facts["seconds"] = round(facts["seconds"] - made[0].seconds, 1)
+        attempts.append(
+            {"learning_rate": multiple * prepared.setting.learning_rate} | facts | {"points": made[0].points}
+        )
+    best = max(attempts, key=lambda attempt: best_quality(attempt["points"], target))
+    return best | {"attempts": [attempt for attempt in attempts if attempt is not best]}
+
+
+def best_quality(points: Iterable[dict[str, Any]], target: Target) -> float:
+    """The study's one number: the best forget quality at 98 % of the target's utility, the target's own included."""
+    within = [figures["forget_quality"] or 0.0 for figures in points if target.share(figures) >= MIN_UTILITY]
+    return max([target.figures["forget_quality"], *within])
+
+
+# ---- Operators ----
+
+
+def _combined(prepared: Prepared, method: Method, seed: int, work: Path) -> tuple[Any, dict[str, Any]]:
+    """The adapter of an operator, or for sign consensus an evaluator of the dense update."""
+    start = time.perf_counter()
+    if method.operator == "msa":
+        return _msa(prepared, seed, work)
+    of = METHODS[method.of]
+    adapter = _trained(prepared, of, seed, work)
+    output = work / f"{method.name}-{seed}"
+    if method.operator in ("average", "consensus"):
+        adapters = [_trained(prepared, of, 3 * seed + offset, work) for offset in range(3)]
+        if method.operator == "consensus":
+            return DenseEvaluator(prepared, SignConsensus(adapters)), _took(start)
+        update = operators.average(adapters)
+    elif method.operator == "momentum":
+        update = operators.momentum(adapter)
+    elif method.operator == "fisher":
+        model = PeftModel.from_pretrained(prepared.load_target(), adapter)
+        fisher = [
+            layer_fisher(model, datasets.Dataset.from_list(rows), prepared.tokenizer)
+            for rows in (prepared.rows.forget, prepared.rows.retain_evaluated)
+        ]
+        update = operators.scale_layers(adapter, operators.fisher_factors(adapter, *fisher))
+    else:
+        retain = work / f"retain-{of.name}-{seed}"
+        if not (retain / "unlearning.json").exists():
+            train(prepared, of, seed, retain, swap=True)
+        update = (
+            operators.project(adapter, retain)
+            if method.operator == "projection"
+            else operators.subtract(adapter, retain, 0.5)
+        )
+    update.save(output, overwrite=True)
+    return output, _took(start)
+
+
+def _took(start: float) -> dict[str, Any]:
+    return {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def _trained(prepared: Prepared, method: Method, seed: int, work: Path) -> Path:
+    folder = work / f"{method.name}-{seed}"
+    if not (folder / "unlearning.json").exists():
+        train(prepared, method, seed, folder)
+    return folder
+
+
+def _msa(prepared: Prepared, seed: int, work: Path) -> tuple[Path, dict[str, Any]]:
+    """Forget and retain vectors from the clean checkpoint, applied to the target."""
+    start = time.perf_counter()
+    parts = []
+    for swap in (False, True):
+        folder = work / f"clean-{'retain' if swap else 'forget'}-{seed}"
+        if not (folder / "unlearning.json").exists():
+            clean = AutoModelForCausalLM.from_pretrained(prepared.clean, dtype=torch.float32)
+            train(prepared, METHODS["task-vector"], seed, folder, model=clean, swap=swap)
+        parts.append(folder)
+    output = work / f"msa-{seed}"
+    operators.subtract(*parts, 0.5).save(output, overwrite=True)
+    return output, _took(start)
+
+
+class DenseEvaluator:
+    """What a sweep needs of an evaluator, for an update that no adapter holds: the weights are set for each α."""
+
+    def __init__(self, prepared: Prepared, update: SignConsensus) -> None:
+        self.prepared = prepared
+        self.protocol, self.retrained = prepared.protocol, prepared.log
+        self.model = prepared.load_target()
+        self.weights = {name: self.model.get_submodule(name).weight.detach().clone() for name in update.modules}
+        self.deltas = {name: update.delta(name) for name in update.modules}
+        self.done: dict[float, Evaluation] = {}
+
+    @torch.no_grad()
+    def evaluate(self, alpha: float, generate: bool = True) -> Evaluation:
+        """The target less α times the update."""
+        if alpha not in self.done:
+            for name, weight in self.weights.items():
+                self.model.get_submodule(name).weight.copy_(weight - alpha * self.deltas[name])
+            evaluator: Evaluator = self.prepared.evaluator(self.model)
+            self.done[alpha] = evaluator.evaluate()
+            self.done[alpha].alpha = alpha
+        return self.done[alpha]
+
+
+def _norm(adapter: Path) -> float:
+    loaded = LoraAdapter.load(adapter)
+    return sum(loaded.delta(module).double().square().sum().item() for module in loaded.modules) ** 0.5
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write a result, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.rename(path)

@@ -1,0 +1,102 @@
+"""The methods of the study: how each is trained, and over what its strength is swept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hf_unlearn.trainer.baselines import METHODS as TRAINERS
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    A method.
+
+    Args:
+        name (`str`): Its name in tables and files.
+        kind (`str`): `"extrapolation"` (an adapter, swept over α), `"baseline"` (swept over the number of steps) or
+            `"operator"` (made of trained adapters, swept over α).
+        trainer (`str`): Name of the method as `hf-unlearn train --method` knows it.
+        options (`dict`): Options of its configuration that differ from the setting's.
+        full_batch (`bool`): Whether a step sees the whole forget set, in a quarter of the steps.
+        columns (`tuple[str, ...]`): Columns of the forget rows that are used too: `paraphrases`, `wrong_answers`.
+        learning_rates (`tuple[float, ...]`): Multiples of the setting's learning rate that are tried; the best one is
+            reported.
+        operator (`str`, *optional*): Operator of an `"operator"`.
+        of (`str`): Method whose adapters the operator takes.
+        compare (`str`): Name of the method it is paired with.
+    """
+
+    name: str
+    kind: str
+    trainer: str = "extrapolation"
+    options: dict[str, Any] = field(default_factory=dict)
+    full_batch: bool = False
+    columns: tuple[str, ...] = ()
+    learning_rates: tuple[float, ...] = (1.0,)
+    operator: str | None = None
+    of: str = "mox"
+    compare: str = ""
+
+
+PAPER = {"retain_kl_weight": 1.0, "retain_kl_scale": 1.0, "memorization_temperature": 1.0}
+MIRROR = PAPER | {"retain_kl_scale": -1.0}
+SOFT = PAPER | {"memorization_temperature": 4.0}
+MIRROR_SOFT = MIRROR | SOFT | {"retain_kl_scale": -1.0}
+
+
+def _extrapolation(name: str, options: dict[str, Any], **rest: Any) -> Method:
+    return Method(name, "extrapolation", options=options, **rest)
+
+
+def _baseline(name: str) -> Method:
+    options = {"alternate_column": "perturbed_answer"} if name == "altpo" else {}
+    return Method(name, "baseline", trainer=name, options=options, learning_rates=(0.1, 1.0))
+
+
+def _operator(name: str, operator: str, of: str = "mox") -> Method:
+    return Method(name, "operator", operator=operator, of=of, compare=of)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        _extrapolation("task-vector", PAPER | {"retain_kl_weight": 0.0}),
+        _extrapolation("mox", PAPER, compare="task-vector"),
+        _extrapolation("mox-lambda10", PAPER | {"retain_kl_weight": 10.0}, compare="mox"),
+        _extrapolation("mox-npo", PAPER | {"memorization_loss": "npo"}, compare="mox"),
+        _extrapolation("full-batch", PAPER, full_batch=True, compare="mox"),
+        _extrapolation("soft", SOFT, compare="mox"),
+        _extrapolation("mirror", MIRROR, compare="mox"),
+        _extrapolation("mirror-lambda10", MIRROR | {"retain_kl_weight": 10.0}, compare="mirror"),
+        _extrapolation("mirror-soft", MIRROR_SOFT, compare="mirror"),
+        _extrapolation("mirror-full", MIRROR, full_batch=True, compare="mirror"),
+        _extrapolation("mirror-soft-full", MIRROR_SOFT, full_batch=True, compare="mirror-soft"),
+        _extrapolation(
+            "mirror-soft-lambda10",
+            MIRROR_SOFT | {"retain_kl_weight": 10.0},
+            full_batch=True,
+            compare="mirror-soft-full",
+        ),
+        _extrapolation("paraphrases", PAPER, columns=("paraphrases",), compare="mox"),
+        _extrapolation("wrong-answers", PAPER, columns=("wrong_answers",), compare="mox"),
+        _extrapolation(
+            "mirror-soft-hard",
+            MIRROR_SOFT,
+            full_batch=True,
+            columns=("paraphrases", "wrong_answers"),
+            compare="mirror-soft-full",
+        ),
+        _operator("momentum", "momentum"),
+        _operator("seed-average", "average"),
+        _operator("consensus", "consensus"),
+        _operator("projection", "projection"),
+        _operator("fisher", "fisher"),
+        _operator("retain-vector", "retain_vector"),
+        _operator("best-average", "average", of="mirror-soft-full"),
+        _operator("best-projection", "projection", of="mirror-soft-full"),
+        _operator("msa", "msa", of="clean"),
+        *(_baseline(name) for name in TRAINERS if name not in ("extrapolation", "task-vector")),
+    )
+}

@@ -1,0 +1,216 @@
+"""
+Tables and plots of the study, from its raw results.
+
+    python benchmarks/study/report.py
+
+Reads benchmarks/study/results, writes the plots to docs/figures and the tables into docs/study.md, between the comments
+that mark their places.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib import pyplot as plt
+from methods import METHODS
+
+
+matplotlib.use("Agg")
+
+ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
+PAGE = ROOT / "docs" / "study.md"
+MIN_UTILITY = 0.98
+LEVEL = 0.05
+COLUMNS = {
+    "utility": "utility",
+    "forget_truth_ratio": "truth ratio",
+    "forget_probability": "probability",
+    "forget_rouge_l_recall": "ROUGE-L",
+    "forget_extraction_strength": "extraction strength",
+    "membership_auc_loss": "AUC",
+    "paraphrased_rouge_l_recall": "ROUGE-L, paraphrased",
+}
+
+
+class Study:
+    """The results of one setting."""
+
+    def __init__(self, setting: str) -> None:
+        self.setting = setting
+        folder = RESULTS / setting
+        self.target = json.loads((folder / "target.json").read_text())
+        self.runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for path in sorted(folder.glob("*-[0-9].json")):
+            result = json.loads(path.read_text())
+            self.runs[result["method"]].append(result)
+
+    def share(self, figures: dict[str, Any]) -> float:
+        """Share of the target's utility."""
+        return (figures["utility"] or 0.0) / self.target["utility"]
+
+    def best(self, run: dict[str, Any]) -> dict[str, Any]:
+        """The point of the best forget quality at 98 % of the utility; the target itself counts."""
+        within = [self.target, *(figures for figures in run["points"] if self.share(figures) >= MIN_UTILITY)]
+        return max(within, key=quality)
+
+    def ranking(self) -> list[str]:
+        """Methods by the median of their best forget quality, then by what is left of the forget rows."""
+        return sorted(
+            self.runs,
+            key=lambda name: (
+                -statistics.median(quality(self.best(run)) for run in self.runs[name]),
+                statistics.median(self.best(run)["forget_probability"] for run in self.runs[name]),
+            ),
+        )
+
+
+def quality(figures: dict[str, Any]) -> float:
+    """Forget quality; 0 for a model that has none."""
+    return figures["forget_quality"] or 0.0
+
+
+def p_value(value: float) -> str:
+    """A p-value in a table."""
+    return f"{value:.2f}" if value >= 0.01 else f"{value:.0e}".replace("-", "−")
+
+
+def spread(values: list[float], form: Any = "{:.2f}".format) -> str:
+    """Median and range over the seeds."""
+    values = [value for value in values if value is not None and math.isfinite(value)]
+    if not values:
+        return "–"
+    median = form(statistics.median(values))
+    return median if len(values) == 1 else f"{median} ({form(min(values))} to {form(max(values))})"
+
+
+def main_table(study: Study) -> str:
+    """Every method at its best point."""
+    lines = [
+        "| method | seeds | strength | forget quality | " + " | ".join(COLUMNS.values()) + " | training, s |",
+        "|" + "---|" * (len(COLUMNS) + 5),
+    ]
+    for name in study.ranking():
+        runs = study.runs[name]
+        best = [study.best(run) for run in runs]
+        cells = [
+            f"**{name}**" if METHODS[name].kind != "baseline" else name,
+            str(len(runs)),
+            spread([figures["strength"] for figures in best], "{:.2g}".format),
+            spread([quality(figures) for figures in best], p_value),
+            *(spread([figures[column] for figures in best], "{:.3f}".format) for column in COLUMNS),
+            spread([run["seconds"] for run in runs], "{:.0f}".format),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def pairs_table(study: Study) -> str:
+    """Matched pairs: the same seed, one thing changed."""
+    lines = ["| changed | against | seeds | better in | forget quality | against |", "|---|---|---|---|---|---|"]
+    for name in study.runs:
+        other = METHODS[name].compare
+        if other not in study.runs:
+            continue
+        others = {run["seed"]: run for run in study.runs[other]}
+        matched = [
+            (study.best(run), study.best(others[run["seed"]])) for run in study.runs[name] if run["seed"] in others
+        ]
+        if not matched:
+            continue
+        better = sum(quality(mine) > quality(theirs) for mine, theirs in matched)
+        mine, theirs = ([quality(pair[side]) for pair in matched] for side in (0, 1))
+        lines.append(
+            f"| {name} | {other} | {len(matched)} | {better} | {spread(mine, p_value)} | {spread(theirs, p_value)} |"
+        )
+    return "\n".join(lines)
+
+
+def rules_table(study: Study) -> str:
+    """What each rule for α finds, against the best in hindsight."""
+    rules = ("match-retrain", "match-holdout", "utility-budget")
+    lines = ["| method | best in hindsight | " + " | ".join(rules) + " |", "|" + "---|" * (len(rules) + 2)]
+    for name in study.ranking():
+        runs = [run for run in study.runs[name] if "rules" in run]
+        if not runs:
+            continue
+        cells = [name, spread([quality(study.best(run)) for run in runs], p_value)]
+        for rule in rules:
+            chosen = [
+                next((quality(p) for p in [study.target, *run["points"]] if p["strength"] == run["rules"][rule]), None)
+                for run in runs
+            ]
+            cells.append(spread(chosen, p_value))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def attacks_table(study: Study) -> str:
+    """What is left for someone who tries."""
+    folder = RESULTS / study.setting / "attacks"
+    if not folder.exists():
+        return ""
+    lines = [
+        "| method | seed | as it is | 8 bits | 4 bits | walked back | relearned: 1 step | 2 | 5 | 10 |",
+        "|" + "---|" * 10,
+    ]
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        cells = [result.get("method", path.stem), str(result.get("seed", "–"))]
+        for name in ("as it is", "8 bits", "4 bits", "walked back"):
+            cells.append(f"{result[name]['forget_probability']:.3f}" if name in result else "–")
+        cells += [f"{step['probability']:.3f}" for step in result["relearned"] if step["step"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(study: Study, path: Path, shown: int = 8) -> None:
+    """Forget quality against utility: the leaders in colour, the others in grey."""
+    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    ranking = study.ranking()
+    for rank, name in reversed(list(enumerate(ranking))):
+        for index, run in enumerate(study.runs[name]):
+            points = [study.target, *run["points"]]
+            axes.plot(
+                [study.share(p) for p in points],
+                [max(quality(p), 1e-20) for p in points],
+                color=f"C{rank}" if rank < shown else "0.8",
+                linewidth=1.5 if rank < shown else 0.8,
+                marker="o" if METHODS[name].kind != "baseline" else "x",
+                markersize=3,
+                label=name if rank < shown and index == 0 else None,
+            )
+    axes.axhline(LEVEL, color="black", linewidth=0.8, linestyle="--")
+    axes.axvline(MIN_UTILITY, color="black", linewidth=0.8, linestyle="--")
+    axes.set(yscale="log", xlim=(0.65, 1.03), xlabel="utility, share of the target's", ylabel="forget quality (KS p)")
+    axes.text(0.655, LEVEL * 1.2, "cannot be told from retrained", fontsize=8)
+    axes.legend(fontsize=8, loc="lower left", title="of the best methods")
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    for setting in ("small", "smollm2"):
+        if not (RESULTS / setting / "target.json").exists():
+            continue
+        study = Study(setting)
+        if not study.runs:
+            continue
+        plot(study, ROOT / "docs" / "figures" / f"study-{setting}.png")
+        for table in (main_table, pairs_table, rules_table, attacks_table):
+            mark = f"{setting} {table.__name__.removesuffix('_table')}"
+            before, _, rest = page.partition(f"<!-- {mark} -->\n")
+            page = f"{before}<!-- {mark} -->\n{table(study)}\n{rest[rest.index('<!-- end -->') :]}"
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
