@@ -12,7 +12,7 @@ from hf_unlearn.errors import UnlearningError
 COMMANDS = {
     "quickstart": "make a real model forget, end to end, in minutes on a CPU",
     "sample": "write retain rows that are sampled from the model itself",
-    "train": "memorise a forget set with LoRA, holding the rest still",
+    "train": "memorise a forget set with LoRA, holding the rest still, or unlearn by another method",
     "eval": "evaluate any model, an adapter at several α, or a published log",
     "sweep": "evaluate a trained adapter over many α, and choose one by a rule",
     "extrapolate": "write the forget model or the forget adapter at one α",

@@ -250,7 +250,7 @@ def _combine(arguments: CombineArguments, sources: list[LoraAdapter]) -> LowRank
 
 
 def _scale_by_fisher(arguments: CombineArguments, adapter: LoraAdapter) -> LowRankUpdate:
-    adapter.refuse_forget_adapter()
+    adapter.refuse_result()
     sets = {name: arguments.load_required(name) for name in ("forget", "retain")}
     base = base_of(adapter, arguments.base)
     if arguments.dry_run:

@@ -189,23 +189,6 @@ def verified_checkpoint(base: str, adapter: LoraAdapter, check_base: bool = True
     return checkpoint
 
 
-def is_result(adapter: LoraAdapter) -> bool:
-    """Whether an adapter is used as it is: that of another method than model extrapolation, or a forget adapter."""
-    method = adapter.provenance.get("method", "model-extrapolation")
-    return method != "model-extrapolation" or adapter.provenance.get("kind") == "forget-adapter"
-
-
-def refuse_result(adapter: LoraAdapter, command: str) -> None:
-    """Raise where an adapter that is used as it is would be extrapolated from."""
-    if is_result(adapter):
-        provenance = adapter.provenance
-        what = "a forget adapter" if provenance.get("kind") == "forget-adapter" else f"by `{provenance['method']}`"
-        raise UnlearningError(
-            f"{adapter.id} is {what}: it is the result as it stands, and `hf-unlearn {command}` would walk away from it. "
-            "Evaluate it with `hf-unlearn eval --adapter`, and load or merge it with PEFT."
-        )
-
-
 def load_with_adapter(
     base: str,
     adapter: LoraAdapter,

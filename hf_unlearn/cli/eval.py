@@ -10,7 +10,6 @@ from hf_unlearn.cli.common import (
     CommandParser,
     base_of,
     console,
-    is_result,
     load_causal_lm,
     load_tokenizer,
     load_with_adapter,
@@ -108,7 +107,7 @@ def run(argv: list[str]) -> int:
     output_dir = Path(arguments.output_dir).expanduser()
     refuse_existing(output_dir, arguments.overwrite)
     adapter = LoraAdapter.load(arguments.adapter) if arguments.adapter is not None else None
-    sets_alpha = adapter is not None and not is_result(adapter)
+    sets_alpha = adapter is not None and not adapter.is_result
     if adapter is not None and not sets_alpha:
         refuse_idle(arguments, ["alphas"], "with an adapter that is a result as it stands")
     if arguments.log is not None:
@@ -198,7 +197,7 @@ def _plan(arguments: EvalArguments, adapter: LoraAdapter | None) -> str:
     if adapter is not None:
         base = base_of(adapter, arguments.base)
         source = verified_checkpoint(base, adapter, arguments.check_base).folder
-        at = "as it is" if is_result(adapter) else f"at α = 0 and {parse_alphas(arguments.alphas)}"
+        at = "as it is" if adapter.is_result else f"at α = 0 and {parse_alphas(arguments.alphas)}"
         what = f"{base} with {adapter.id} {at}"
     else:
         source, what = resolve_model(arguments.model), arguments.model

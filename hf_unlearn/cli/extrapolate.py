@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from hf_unlearn.cli import EXIT_OK
-from hf_unlearn.cli.common import CommandParser, base_of, console, refuse_existing, refuse_idle, refuse_result
+from hf_unlearn.cli.common import CommandParser, base_of, console, refuse_existing, refuse_idle
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import LoraAdapter, MergePlan, extrapolate, plan_merge, save_forget_adapter
 from hf_unlearn.extrapolation.arithmetic import check_alpha
@@ -87,7 +87,7 @@ def run(argv: list[str]) -> int:
             raise UnlearningError(f"--{option} is required. See `hf-unlearn extrapolate --help`.")
     refuse_existing(Path(arguments.output_dir).expanduser(), arguments.overwrite)
     adapter = LoraAdapter.load(arguments.adapter)
-    refuse_result(adapter, "extrapolate")
+    adapter.refuse_result()
     if arguments.format == "adapter":
         return _write_adapter(adapter, arguments)
     return _write_model(adapter, arguments)

@@ -31,7 +31,7 @@ example:
   hf-unlearn requests build --ledger ledger --output_dir forget-model
   hf-unlearn requests revoke 2026-11-25-001 --ledger ledger --reason "withdrawn"
 
-`hf-unlearn requests <action> --help` explains each."""
+`hf-unlearn requests <action> --help` explains each, `--dry_run` checks everything and writes nothing."""
 
 ADD = """\
 Add a request: copy the memorising adapter of `hf-unlearn train` into the ledger (--adapter), or train it in one go. In

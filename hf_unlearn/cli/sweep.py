@@ -16,7 +16,6 @@ from hf_unlearn.cli.common import (
     load_with_adapter,
     parse_alphas,
     refuse_existing,
-    refuse_result,
     verified_checkpoint,
 )
 from hf_unlearn.cli.outputs import (
@@ -116,7 +115,7 @@ def run(argv: list[str]) -> int:
     output_dir = Path(arguments.output_dir).expanduser()
     refuse_existing(output_dir, arguments.overwrite)
     adapter = LoraAdapter.load(arguments.adapter)
-    refuse_result(adapter, "sweep")
+    adapter.refuse_result()
     base = base_of(adapter, arguments.base)
     if arguments.dry_run:
         console.print(_plan(arguments, base, adapter, alphas))

@@ -10,7 +10,8 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from hf_unlearn.data.formats import Messages, text_of, to_prompt_completion
+from hf_unlearn.data.formats import text_of, to_prompt_completion
+from hf_unlearn.data.hard import answer_like
 from hf_unlearn.data.loading import load_rows
 from hf_unlearn.data.tokenization import encode_pair, is_blank
 from hf_unlearn.errors import UnlearningError
@@ -53,7 +54,7 @@ class AlternateAnswers:
         """`input_ids` and `labels` of forget row `index` with the answer that an epoch gives it."""
         row, answers = self._forget[index], self._answers[index]
         answer = random.Random(f"{self._seed}, {epoch}, {index}").choice(answers)
-        completion = _in_the_form_of(row["completion"], answer)
+        completion = answer_like(row["completion"], answer)
         encoded = encode_pair(row["prompt"], completion, self._tokenizer, self._max_length)
         return {key: encoded[key] for key in ("input_ids", "labels")}
 
@@ -135,10 +136,3 @@ def _checked_answers(value: Any, column: str, index: int) -> list[str]:
             f"Row {index}: `{column}` holds no alternate answer, or an empty one. Give a text or a list of texts."
         )
     return answers
-
-
-def _in_the_form_of(completion: str | Messages, answer: str) -> str | Messages:
-    """An answer as messages where the completion is, and as text that is joined to the prompt as the completion is."""
-    if not isinstance(completion, str):
-        return [{"role": "assistant", "content": answer}]
-    return f" {answer.lstrip()}" if completion[:1].isspace() else answer

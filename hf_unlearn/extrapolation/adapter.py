@@ -190,12 +190,20 @@ class LoraAdapter:
         """How the base was quantised in training, as a `quantization_config`; `None` where it was not."""
         return (self.provenance.get("base") or {}).get("quantization_config")
 
-    def refuse_forget_adapter(self) -> None:
-        """Raise when the adapter is itself the result of an extrapolation."""
-        if self.provenance.get("kind") == FORGET_ADAPTER_KIND:
+    @property
+    def is_result(self) -> bool:
+        """Whether it is used as it is: a forget adapter, or one that another method than extrapolation has trained."""
+        method = self.provenance.get("method", "model-extrapolation")
+        return method != "model-extrapolation" or self.provenance.get("kind") == FORGET_ADAPTER_KIND
+
+    def refuse_result(self) -> None:
+        """Raise where the adapter is a result already, which an extrapolation would walk away from."""
+        if self.is_result:
+            forget = self.provenance.get("kind") == FORGET_ADAPTER_KIND
+            what = "a forget adapter" if forget else f"by `{self.provenance['method']}`"
             raise UnlearningError(
-                f"{self.id} is a forget adapter already: extrapolating it would add what it removes. Merge it as a "
-                "plain adapter with PEFT's `merge_and_unload`, or pass the memorising adapter it was made from."
+                f"{self.id} is {what}: it is the result as it stands, and extrapolating would walk away from it. Evaluate "
+                "it with `hf-unlearn eval --adapter`, and load it with PEFT, or merge it with its `merge_and_unload`."
             )
 
 
@@ -296,7 +304,7 @@ def save_forget_adapter(
     alpha = check_alpha(alpha)
     if not isinstance(adapter, LoraAdapter):
         adapter = LoraAdapter.load(adapter)
-    adapter.refuse_forget_adapter()
+    adapter.refuse_result()
     refuse_overwriting(output_dir, adapter.folder)
     errors = RealisedError()
     with atomic_folder(output_dir, overwrite) as folder:

@@ -288,7 +288,7 @@ def check_combinable(adapters: Sequence[LoraAdapter]) -> None:
     """Refuse adapters whose updates cannot be added: forget adapters, other bases, other shapes."""
     first = adapters[0]
     for adapter in adapters:
-        adapter.refuse_forget_adapter()
+        adapter.refuse_result()
         if adapter.config.fan_in_fan_out != first.config.fan_in_fan_out:
             raise UnlearningError(
                 f"{first.id} and {adapter.id} differ in `fan_in_fan_out`, so they are of different kinds of layers. "

@@ -142,7 +142,7 @@ def plan_merge(
     folder = checkpoint.folder
     if not isinstance(adapter, LoraAdapter):
         adapter = LoraAdapter.load(adapter)
-    adapter.refuse_forget_adapter()
+    adapter.refuse_result()
     refuse_overwriting(output_dir, folder, adapter.folder)
     _check_config(folder, adapter)
     adapted = match_modules(adapter, checkpoint)

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MEMORISES = "model-extrapolation"
-
 
 def plan_request(
     ledger: Ledger,
@@ -122,13 +120,7 @@ def _sources(operator: Any) -> set[str]:
 
 
 def _check_adapter(ledger: Ledger, adapter: LoraAdapter, base: str | None) -> None:
-    adapter.refuse_forget_adapter()
-    method = adapter.provenance.get("method", MEMORISES)
-    if method != MEMORISES:
-        raise UnlearningError(
-            f"{adapter.id} was trained by `{method}`: it is a result as it stands and holds no memory to walk away from. "
-            "Train it by model extrapolation, the default of `hf-unlearn train`."
-        )
+    adapter.refuse_result()
     if ledger.base is not None:
         check_same_base(ledger.base, adapter, base)
     provenance = adapter.provenance

@@ -30,6 +30,9 @@ class UnlearningConfig(SFTConfig):
             Where the retain term is measured: with the adapter multiplied by this. `1` (the paper) holds the trained
             model to the reference on the retain rows; `-1` (mirror consistency) holds θ_ref − ΔW, on whose side the
             forget model lies.
+        retain_kl_both_signs (`bool`, *optional*, defaults to `False`):
+            Whether to measure the retain term on both sides of the reference: every other retain row at minus
+            `retain_kl_scale`, in each epoch those that were not in the epoch before.
         retain_per_forget (`int`, *optional*, defaults to `1`):
             Retain rows that accompany each forget row. An epoch is one pass over the forget set.
         retain_sample_size (`int`, *optional*, defaults to `200`):
@@ -88,6 +91,13 @@ class UnlearningConfig(SFTConfig):
             "help": "Where the retain term is measured: with the adapter multiplied by this. `1` (the paper) holds the "
             "trained model to the reference on the retain rows; `-1` (mirror consistency) holds θ_ref − ΔW, on whose "
             "side the forget model lies."
+        },
+    )
+    retain_kl_both_signs: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to measure the retain term on both sides of the reference: every other retain row at minus "
+            "`retain_kl_scale`, in each epoch those that were not in the epoch before."
         },
     )
     retain_per_forget: int = field(
@@ -271,6 +281,7 @@ class UnlearningConfig(SFTConfig):
             "retain_kl_weight",
             "retain_nll_weight",
             "retain_kl_scale",
+            "retain_kl_both_signs",
             "retain_per_forget",
             "paraphrases",
             "paraphrased_questions",

@@ -270,16 +270,20 @@ class UnlearningTrainer(MethodHooks, AsksReference, SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch=None):
         # The scale must still be in place when gradient checkpointing runs the forward again during the backward.
-        with self._retain_rows_scaled(inputs["is_forget"] | inputs["is_alternate"]):
+        with self._retain_rows_scaled(inputs["is_forget"] | inputs["is_alternate"], inputs["rows"]):
             return super().training_step(model, inputs, num_items_in_batch)
 
     @contextmanager
-    def _retain_rows_scaled(self, is_other: torch.Tensor) -> Iterator[None]:
+    def _retain_rows_scaled(self, is_other: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
         """Multiply the adapter by `retain_kl_scale` on the retain rows of the batch, in one and the same forward."""
-        if not self.uses_retain or self.args.retain_kl_scale == 1.0:
+        both_signs = self.args.retain_kl_both_signs
+        if not self.uses_retain or (self.args.retain_kl_scale == 1.0 and not both_signs):
             yield
             return
-        scale = torch.where(is_other, 1.0, self.args.retain_kl_scale).view(-1, 1, 1).to(self.accelerator.device)
+        scale = torch.full(rows.shape, self.args.retain_kl_scale, device=rows.device)
+        if both_signs:
+            scale = torch.where((rows + self.train_dataset.epoch) % 2 == 0, scale, -scale)
+        scale = torch.where(is_other, 1.0, scale).view(-1, 1, 1).to(self.accelerator.device)
         with adapter_scale(self.peft_model, scale):
             yield
 

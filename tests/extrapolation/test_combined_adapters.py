@@ -121,7 +121,7 @@ class TestRefused:
             lambda: SignConsensus([three[1], forget]),
             lambda: scale_layers(forget, dict.fromkeys(SHAPES, 1.0)),
         ):
-            with pytest.raises(UnlearningError, match="forget adapter already"):
+            with pytest.raises(UnlearningError, match="is a forget adapter"):
                 combine()
 
     def test_other_bases(self, tmp_path):

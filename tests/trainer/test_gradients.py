@@ -89,7 +89,10 @@ def brute_force(trainer, lora: dict[str, torch.Tensor], pairs: list[int], **opti
             ids, labels = row["input_ids"], torch.tensor(row["labels"][1:])
             at = labels != -100
             reference = torch.log_softmax(logits(ids, 0.0)[at], -1).detach()
-            model_side = torch.log_softmax(logits(ids, scale)[at], -1)
+            side = (
+                -1 if options.get("retain_kl_both_signs") and (row["number"] + trainer.train_dataset.epoch) % 2 else 1
+            )
+            model_side = torch.log_softmax(logits(ids, side * scale)[at], -1)
             kl += (reference.exp() * (reference - model_side)).sum()
             num_retain += int(at.sum())
     loss = memorization / num_forget + options.get("retain_kl_weight", 1.0) * kl / num_retain
@@ -114,6 +117,7 @@ def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tens
         {"memorization_loss": "npo"},
         {"retain_per_forget": 2},
         {"retain_kl_scale": -1.0, "gradient_checkpointing": False},
+        {"retain_kl_both_signs": True, "retain_kl_scale": 2.0, "retain_per_forget": 2},
     ],
     ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()) or "paper",
 )

@@ -222,10 +222,16 @@ class TestActivations:
 
     def test_a_head_that_is_cast_by_hand(self):
         config = tiny_llama(vocab_size=100_000).config
-        as_is, cast = (estimate(config, dtype=dtype, mixed_precision=True) for dtype in (torch.bfloat16, torch.float32))
+        as_is, cast = (
+            estimate(config, dtype=dtype, mixed_precision=True) for dtype in (torch.bfloat16, torch.float32)
+        )
         assert cast.workspace - as_is.workspace == 2 * 100_000 * HIDDEN
-        on_cpu = [estimate(config, dtype=dtype, launch=Launch(on_cpu=True)) for dtype in (torch.bfloat16, torch.float32)]
-        vectors = HIDDEN * (40 * 2 * 2 + 20 * 2)  # two kept vectors a token, and one of the reference, are half as wide
+        on_cpu = [
+            estimate(config, dtype=dtype, launch=Launch(on_cpu=True)) for dtype in (torch.bfloat16, torch.float32)
+        ]
+        vectors = HIDDEN * (
+            40 * 2 * 2 + 20 * 2
+        )  # two kept vectors a token, and one of the reference, are half as wide
         assert on_cpu[0].workspace - on_cpu[1].workspace == 4 * 100_000 * HIDDEN - vectors
 
 

@@ -151,7 +151,7 @@ class TestRule:
         assert (sum(map(len, passes)) == 5) == used
 
     def test_by_default_it_leaves_the_disk_alone_where_that_is_nearly_full(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("hf_unlearn.trainer.unlearning_trainer.free_disk", lambda folder: 1000)
+        monkeypatch.setattr("hf_unlearn.trainer.asks_reference.free_disk", lambda folder: 1000)
         _, passes = train(make_trainer(tmp_path))
         assert len(passes) == 9
 

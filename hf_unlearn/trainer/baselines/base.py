@@ -55,6 +55,8 @@ class BaselineConfig(UnlearningConfig):
             least = "above 0" if name in self.positive else "of at least 0"
             if not math.isfinite(value) or value < 0 or (value == 0 and name in self.positive):
                 raise UnlearningError(f"{name}={value} is not possible: it must be a finite number {least}.")
+        if self.retain_kl_both_signs:
+            raise UnlearningError("retain_kl_both_signs is for model extrapolation. Leave it out.")
         if self.retain_kl_scale != 1.0:
             raise UnlearningError(
                 f"retain_kl_scale={self.retain_kl_scale} is for model extrapolation, which uses the adapter at another "
