@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         UnlearningConfig,
         UnlearningTrainer,
     )
+    from hf_unlearn.trainer.rounds import train_in_rounds
 
 # Public name → module that defines it, imported on first use: torch and TRL take seconds.
 _MODULE_OF = {
@@ -57,6 +58,7 @@ _MODULE_OF = {
     "to_prompt_completion": "data",
     "tofu_protocol": "evaluation",
     "tokenize_rows": "data",
+    "train_in_rounds": "trainer.rounds",
 }
 
 __all__ = [
@@ -83,6 +85,7 @@ __all__ = [
     "to_prompt_completion",
     "tofu_protocol",
     "tokenize_rows",
+    "train_in_rounds",
     "__version__",
 ]
 

@@ -43,6 +43,7 @@ MIN_UTILITY = 0.98
 BROKEN = 0.7  # share of the target's utility below which a sweep ends
 ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 REFINEMENTS = 3
+ROUNDS, ROUND_ALPHA = 8, 0.5
 STEPS = (1, 2, 4, 8, 12, 16, 24, 32, 50)
 RULES = ("match-retrain", "match-holdout", "utility-budget")
 RANK = 16
@@ -176,6 +177,8 @@ def run(prepared: Prepared, target: Target, method: Method, seed: int, work: Pat
     result: dict[str, Any] = {"method": method.name, "setting": prepared.setting.name, "seed": seed}
     if method.kind == "baseline":
         return result | _run_baseline(prepared, target, method, seed, work)
+    if method.kind == "rounds":
+        return result | _run_rounds(prepared, target, METHODS[method.of], seed, work / f"{method.name}-{seed}")
     if method.kind == "operator":
         adapter, facts = _combined(prepared, method, seed, work)
     else:
@@ -241,6 +244,54 @@ def best_quality(points: Iterable[dict[str, Any]], target: Target) -> float:
     """The study's one number: the best forget quality at 98 % of the target's utility, the target's own included."""
     within = [figures["forget_quality"] or 0.0 for figures in points if target.share(figures) >= MIN_UTILITY]
     return max([target.figures["forget_quality"], *within])
+
+
+# ---- Rounds ----
+
+
+@torch.no_grad()
+def _walk(model: PreTrainedModel, adapter: LoraAdapter, alpha: float) -> None:
+    """θ ← θ − α·ΔW."""
+    for module in adapter.modules:
+        model.get_submodule(module).weight.sub_(adapter.delta(module), alpha=alpha)
+
+
+def _run_rounds(prepared: Prepared, target: Target, method: Method, seed: int, work: Path) -> dict[str, Any]:
+    """Memorise, walk a short way, memorise again from there; each round trains by `method`."""
+    model, points, seconds, steps = prepared.load_target(), [], 0.0, 0
+
+    def evaluate() -> Evaluation:
+        return prepared.evaluator(model).evaluate()
+
+    for number in range(ROUNDS):
+        start = prepared.load_target()
+        start.load_state_dict(model.state_dict())
+        facts = train(prepared, method, 100 * number + seed, work / str(number), model=start)
+        seconds, steps = seconds + facts["seconds"], steps + facts["steps"]
+        adapter = LoraAdapter.load(work / str(number))
+        _walk(model, adapter, ROUND_ALPHA)
+        points.append(point(evaluate(), (number + 1) * ROUND_ALPHA) | {"seconds": round(seconds, 1)})
+        share = target.share(points[-1])
+        if share < MIN_UTILITY and (number == 0 or target.share(points[-2]) >= MIN_UTILITY):
+            points[-1:] = _halfway(model, adapter, evaluate, points[-1], target)
+        if share < BROKEN:
+            break
+    return {"seconds": round(seconds, 1), "steps": steps, "points": points}
+
+
+def _halfway(
+    model: PreTrainedModel, adapter: LoraAdapter, evaluate: Callable[[], Evaluation], end: dict, target: Target
+) -> list[dict[str, Any]]:
+    """Points within the round that leaves the budget, by bisection, and its end."""
+    found, low, high = [end], 0.0, 1.0
+    for _ in range(REFINEMENTS):
+        middle = (low + high) / 2
+        back = (1 - middle) * ROUND_ALPHA
+        _walk(model, adapter, -back)
+        found.append(point(evaluate(), end["strength"] - back) | {"seconds": end["seconds"]})
+        _walk(model, adapter, back)
+        low, high = (middle, high) if target.share(found[-1]) >= MIN_UTILITY else (low, middle)
+    return sorted(found, key=lambda figures: figures["strength"])
 
 
 # ---- Operators ----

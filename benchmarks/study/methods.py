@@ -16,7 +16,8 @@ class Method:
     Args:
         name (`str`): Its name in tables and files.
         kind (`str`): `"extrapolation"` (an adapter, swept over α), `"baseline"` (swept over the number of steps) or
-            `"operator"` (made of trained adapters, swept over α).
+            `"operator"` (made of trained adapters, swept over α) or `"rounds"` (several adapters, each trained where the
+            one before has led to, swept over the way walked).
         trainer (`str`): Name of the method as `hf-unlearn train --method` knows it.
         options (`dict`): Options of its configuration that differ from the setting's.
         full_batch (`bool`): Whether a step sees the whole forget set, in a quarter of the steps.
@@ -24,7 +25,7 @@ class Method:
         learning_rates (`tuple[float, ...]`): Multiples of the setting's learning rate that are tried; the best one is
             reported.
         operator (`str`, *optional*): Operator of an `"operator"`.
-        of (`str`): Method whose adapters the operator takes.
+        of (`str`): Method whose adapters the operator takes, or by which each round trains.
         compare (`str`): Name of the method it is paired with.
     """
 
@@ -59,9 +60,16 @@ def _operator(name: str, operator: str, of: str = "mox") -> Method:
     return Method(name, "operator", operator=operator, of=of, compare=of)
 
 
+def _rounds(name: str, of: str) -> Method:
+    return Method(name, "rounds", of=of, compare=of)
+
+
 METHODS = {
     method.name: method
     for method in (
+        _rounds("rounds", "mirror-soft-full"),
+        _rounds("rounds-mox", "mox"),
+        _rounds("rounds-task-vector", "task-vector"),
         _extrapolation("task-vector", PAPER | {"retain_kl_weight": 0.0}),
         _extrapolation("mox", PAPER, compare="task-vector"),
         _extrapolation("mox-lambda10", PAPER | {"retain_kl_weight": 10.0}, compare="mox"),

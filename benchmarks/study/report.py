@@ -207,6 +207,8 @@ def main() -> None:
         plot(study, ROOT / "docs" / "figures" / f"study-{setting}.png")
         for table in (main_table, pairs_table, rules_table, attacks_table):
             mark = f"{setting} {table.__name__.removesuffix('_table')}"
+            if f"<!-- {mark} -->" not in page:
+                continue
             before, _, rest = page.partition(f"<!-- {mark} -->\n")
             page = f"{before}<!-- {mark} -->\n{table(study)}\n{rest[rest.index('<!-- end -->') :]}"
     PAGE.write_text(page, encoding="utf-8")

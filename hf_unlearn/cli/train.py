@@ -24,6 +24,7 @@ from hf_unlearn.evaluation.batching import parse_batch_size
 from hf_unlearn.extrapolation import check_lora_config
 from hf_unlearn.trainer import EvaluationCallback, UnlearningConfig, UnlearningTrainer
 from hf_unlearn.trainer.baselines import METHODS
+from hf_unlearn.trainer.rounds import DEFAULT_ROUND_ALPHA, QUANTISED, check_rounds, check_rounds_folder, train_in_rounds
 from hf_unlearn.trainer.sets import SAMPLED_FILE
 
 
@@ -92,6 +93,8 @@ class TrainArguments(EvaluationDataArguments):
         accelerate_config (`str`, *optional*): Configuration of `accelerate launch`.
         eval_alpha (`float`, *optional*, defaults to `1.0`): α of the evaluations during training.
         eval_batch_size (`str`, *optional*, defaults to `"auto"`): Rows in their batches.
+        rounds (`int`, *optional*, defaults to `1`): Rounds of training and walking.
+        round_alpha (`float`, *optional*, defaults to `0.5`): Step of each round.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to check and plan only.
         resume (`bool`, *optional*, defaults to `False`): Whether to go on from the last checkpoint.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace the adapter of an earlier run.
@@ -116,6 +119,16 @@ class TrainArguments(EvaluationDataArguments):
     )
     eval_batch_size: str = field(
         default="auto", metadata={"help": "Rows in a batch of these evaluations, or `auto`. It changes no value."}
+    )
+    rounds: int = field(
+        default=1,
+        metadata={
+            "help": "Rounds: train, walk a step of --round_alpha away from what was memorised, train on the model that "
+            "this gives, and so on. The result is one adapter, whose α = 1 is all rounds."
+        },
+    )
+    round_alpha: float = field(
+        default=DEFAULT_ROUND_ALPHA, metadata={"help": "Step α of each round, with --rounds above 1."}
     )
     dry_run: bool = field(
         default=False,
@@ -178,29 +191,40 @@ def run(argv: list[str]) -> int:
         checked_data(arguments, config, tokenizer)  # bad rows are named once, not by every process
         return _launch(arguments.accelerate_config, argv)
 
+    config = _with_model_options(config, model)
     interrupt = _Interrupt()
-    trainer = trainer_class(
-        model=model.model_name_or_path,
-        args=_with_model_options(config, model),
-        forget_dataset=arguments.load_required("forget"),
-        retain_dataset=arguments.load("retain"),
-        processing_class=tokenizer,
-        peft_config=None if config.train_all_weights else model.lora_config(),
-        callbacks=[interrupt],
-        quantization_config=get_quantization_config(model),
-    )
-    if config.eval_strategy != "no":
-        trainer.add_callback(_evaluation_callback(arguments, trainer))
-    if trainer.is_world_process_zero():
-        console.print(trainer.data_report.render())
-    with interrupt:
-        trainer.train(resume_from_checkpoint=arguments.resume or None)
-    if interrupt.requested:
+    sets = (arguments.load_required("forget"), arguments.load("retain"))
+    options = {
+        "processing_class": tokenizer,
+        "peft_config": None if config.train_all_weights else model.lora_config(),
+        "callbacks": [interrupt],
+        "quantization_config": get_quantization_config(model),
+    }
+
+    def train_round(trainer: UnlearningTrainer, number: int, checkpoint: str | bool | None) -> None:
+        if config.eval_strategy != "no":
+            trainer.add_callback(_evaluation_callback(arguments, trainer))
+        if trainer.is_world_process_zero():
+            console.print(f"Round {number} of {arguments.rounds}" if number > 1 else trainer.data_report.render())
+        with interrupt:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        if interrupt.requested:
+            raise _Interrupted
+
+    try:
+        if arguments.rounds > 1:
+            plan = {"rounds": arguments.rounds, "round_alpha": arguments.round_alpha, "trainer_class": trainer_class}
+            plan |= {"resume": arguments.resume, "overwrite": arguments.overwrite, "train_round": train_round}
+            train_in_rounds(model.model_name_or_path, config, *sets, **plan, **options)
+        else:
+            trainer = trainer_class(model.model_name_or_path, config, *sets, **options)
+            train_round(trainer, 1, arguments.resume or None)
+            trainer.save_model()
+            trainer.save_state()
+    except _Interrupted:
         stderr(f"Interrupted; a checkpoint is in {config.output_dir}. Go on with the same command and --resume.")
         return EXIT_INTERRUPTED
-    trainer.save_model()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
+    if config.process_index == 0:
         console.print(_next_step(arguments, config))
     return EXIT_OK
 
@@ -210,9 +234,12 @@ def _next_step(arguments: TrainArguments, config: UnlearningConfig) -> str:
     folder, retain = config.output_dir, _retain_source(arguments, config)
     sets = f"--forget_dataset {arguments.forget_dataset} --retain_dataset {retain}"
     if extrapolates(arguments.method):
+        what, alphas = "Memorising adapter", ""
+        if arguments.rounds > 1:
+            what, alphas = f"The sum of {arguments.rounds} memorising adapters", " --alphas 0.25 0.5 0.75 1"
         return (
-            f"Memorising adapter written to {folder}. Keep it private. Next:\n"
-            f"  hf-unlearn sweep --adapter {folder} {sets} --output_dir {folder}-sweep"
+            f"{what} written to {folder}. Keep it private. Next:\n"
+            f"  hf-unlearn sweep --adapter {folder} {sets}{alphas} --output_dir {folder}-sweep"
         )
     what = "model" if config.train_all_weights else "adapter"
     return (
@@ -241,7 +268,8 @@ def _check_arguments(arguments: TrainArguments, config: UnlearningConfig, model:
         refuse_idle(config, ("retain_sample_size", "retain_sample_temperature"), why)
     parse_batch_size(arguments.eval_batch_size, "--eval_batch_size")
     if not extrapolates(arguments.method):
-        refuse_idle(arguments, ("eval_alpha",), f"with --method {arguments.method}, whose adapter is the result")
+        options = ("eval_alpha", "rounds", "round_alpha")
+        refuse_idle(arguments, options, f"with --method {arguments.method}, whose adapter is the result")
     if config.train_all_weights:
         refuse_idle(model, OPTIONS_OF_ADAPTERS, "with --train_all_weights, which trains no adapter")
         if config.eval_strategy != "no":
@@ -253,13 +281,25 @@ def _check_arguments(arguments: TrainArguments, config: UnlearningConfig, model:
         raise UnlearningError(
             "--dtype auto does not say in which dtype --load_in_4bit computes. Name float32, bfloat16 or float16."
         )
-    folder = Path(config.output_dir)
+    if arguments.rounds != 1:
+        check_rounds(arguments.rounds, arguments.round_alpha)
+        if model.load_in_4bit or model.load_in_8bit:
+            raise UnlearningError(QUANTISED)
+        check_rounds_folder(Path(config.output_dir), arguments.resume, arguments.overwrite)
+        return
+    refuse_idle(arguments, ("round_alpha",), "with --rounds 1")
+    _check_folder(arguments, Path(config.output_dir))
+
+
+def _check_folder(arguments: TrainArguments, folder: Path) -> None:
+    """Raise where there is nothing to resume, or an earlier run that may not be replaced."""
     checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
     if arguments.resume and checkpoint is None:
         raise UnlearningError(f"--resume: {folder} holds no checkpoint to go on from. Leave it out to start anew.")
     finished = [name for name in ("adapter", "model") if any(folder.glob(f"{name}*.safetensors"))]
-    if (finished or checkpoint) and not (arguments.resume or arguments.overwrite):
-        found = f"the {finished[0]}" if finished else "checkpoints"
+    rounds = (folder / "round-1").exists()
+    if (finished or checkpoint or rounds) and not (arguments.resume or arguments.overwrite):
+        found = f"the {finished[0]}" if finished else "checkpoints" if checkpoint else "rounds"
         raise UnlearningError(
             f"{folder} holds {found} of an earlier run. Pass --resume to go on with it, --overwrite to train anew, or "
             "another --output_dir."
@@ -304,6 +344,10 @@ def _launch(accelerate_config: str, argv: list[str]) -> int:
     finally:
         del os.environ[LAUNCHED]
     return EXIT_OK
+
+
+class _Interrupted(Exception):
+    """Training was stopped by Ctrl-C, after a checkpoint."""
 
 
 class _Interrupt(TrainerCallback):

@@ -284,8 +284,8 @@ def combined_provenance(first: LoraAdapter, operator: dict[str, Any]) -> dict[st
     }
 
 
-def check_combinable(adapters: Sequence[LoraAdapter]) -> None:
-    """Refuse adapters whose updates cannot be added: forget adapters, other bases, other shapes."""
+def check_combinable(adapters: Sequence[LoraAdapter], same_base: bool = True) -> None:
+    """Refuse adapters whose updates cannot be added: forget adapters, other bases (with `same_base`), other shapes."""
     first = adapters[0]
     for adapter in adapters:
         adapter.refuse_result()
@@ -301,7 +301,7 @@ def check_combinable(adapters: Sequence[LoraAdapter]) -> None:
                     f"The updates of {module!r} have shape {shapes[0]} in {first.id} and {shapes[1]} in {adapter.id}. "
                     "Combine adapters of one base model."
                 )
-        if adapter is not first:
+        if same_base and adapter is not first:
             _check_same_base(first, adapter)
 
 

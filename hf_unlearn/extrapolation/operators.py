@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,29 @@ def subtract(adapter: Adapter, other: Adapter, weight: float) -> LowRankUpdate:
         )
     loaded = _load([adapter, other])
     return _weighted_sum(loaded, [1.0, -float(weight)], operator_record("subtract", loaded, weight=float(weight)))
+
+
+def sum_of_rounds(rounds: Sequence[Adapter], alpha: float) -> LowRankUpdate:
+    """
+    `alpha` times the sum of the updates of successive rounds: with alpha = 1 it leads from the base of the first round to
+    the forget model of the last.
+
+    Args:
+        rounds (list of [`LoraAdapter`], `str` or `Path`): The adapter of each round, in order. Each was trained on the
+            forget model that was made from the one before (see [`train_in_rounds`]), by its `unlearning.json`.
+        alpha (`float`): Step of every round, above 0.
+    """
+    loaded = _load(rounds, same_base=False)
+    for before, after in pairwise(loaded):
+        base_before, base_after = (adapter.provenance.get("base") or {} for adapter in (before, after))
+        expected = {"sha256": before.sha256, "alpha": alpha, "base_fingerprint": base_before.get("fingerprint")}
+        if base_after.get("forget_model_of") != expected:
+            raise UnlearningError(
+                f"{after.id} was not trained on the forget model that {before.id} gives at alpha={alpha}, or its "
+                "unlearning.json does not say so. Pass the rounds of one run, in order and with the step of that run."
+            )
+    operator = operator_record("rounds", loaded, rounds=len(loaded), round_alpha=float(alpha))
+    return _weighted_sum(loaded, [float(alpha)] * len(loaded), operator)
 
 
 def project(adapter: Adapter, retain_adapter: Adapter) -> LowRankUpdate:
@@ -205,10 +229,10 @@ def _weighted_sum(adapters: list[LoraAdapter], weights: list[float], operator: d
     return LowRankUpdate(terms, adapters, operator)
 
 
-def _load(adapters: Sequence[Adapter]) -> list[LoraAdapter]:
+def _load(adapters: Sequence[Adapter], same_base: bool = True) -> list[LoraAdapter]:
     """The adapters, loaded and checked against each other."""
     if not adapters:
         raise UnlearningError("There are no adapters to combine. Pass one or more.")
     loaded = [adapter if isinstance(adapter, LoraAdapter) else LoraAdapter.load(adapter) for adapter in adapters]
-    check_combinable(loaded)
+    check_combinable(loaded, same_base)
     return loaded
