@@ -44,7 +44,8 @@ BROKEN = 0.7  # share of the target's utility below which a sweep ends
 ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 REFINEMENTS = 3
 ROUNDS, ROUND_ALPHA = 8, 0.5
-STEPS = (1, 2, 4, 8, 12, 16, 24, 32, 50)
+STEPS = (4, 8, 12, 16, 24, 32, 50, 75, 100, 150, 200, 300, 400)  # of a baseline; 400 see as many rows as all rounds
+COLLAPSED = 0.3  # share below which a baseline does not come back
 RULES = ("match-retrain", "match-holdout", "utility-budget")
 RANK = 16
 
@@ -97,6 +98,8 @@ def train(
     trainer_class, config_class = TRAINERS[method.trainer]
     accumulation = -(-len(forget) // setting.batch_size) if method.full_batch else 1
     steps = max(5, setting.steps // 4) if method.full_batch else setting.steps
+    if method.kind == "baseline":
+        steps = STEPS[-1]
     options = {"paraphrases": "paraphrased_answer", "wrong_answers": "perturbed_answer"}
     config = config_class(
         **{
@@ -165,7 +168,7 @@ class Checkpoints(TrainerCallback):
         self.points.append(point(self.evaluator.evaluate(), state.global_step))
         self.evaluator.model.train(training)
         self.seconds += time.perf_counter() - start
-        if self.target.share(self.points[-1]) < BROKEN:
+        if self.target.share(self.points[-1]) < COLLAPSED:
             control.should_training_stop = True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import signal
 import subprocess
@@ -24,7 +25,13 @@ from hf_unlearn.evaluation.batching import parse_batch_size
 from hf_unlearn.extrapolation import check_lora_config
 from hf_unlearn.trainer import EvaluationCallback, UnlearningConfig, UnlearningTrainer
 from hf_unlearn.trainer.baselines import METHODS
-from hf_unlearn.trainer.rounds import DEFAULT_ROUND_ALPHA, QUANTISED, check_rounds, check_rounds_folder, train_in_rounds
+from hf_unlearn.trainer.rounds import (
+    DEFAULT_ROUND_ALPHA,
+    QUANTISED,
+    check_rounds,
+    check_rounds_folder,
+    train_in_rounds,
+)
 from hf_unlearn.trainer.sets import SAMPLED_FILE
 
 
@@ -200,17 +207,7 @@ def run(argv: list[str]) -> int:
         "callbacks": [interrupt],
         "quantization_config": get_quantization_config(model),
     }
-
-    def train_round(trainer: UnlearningTrainer, number: int, checkpoint: str | bool | None) -> None:
-        if config.eval_strategy != "no":
-            trainer.add_callback(_evaluation_callback(arguments, trainer))
-        if trainer.is_world_process_zero():
-            console.print(f"Round {number} of {arguments.rounds}" if number > 1 else trainer.data_report.render())
-        with interrupt:
-            trainer.train(resume_from_checkpoint=checkpoint)
-        if interrupt.requested:
-            raise _Interrupted
-
+    train_round = functools.partial(_train_round, arguments, interrupt)
     try:
         if arguments.rounds > 1:
             plan = {"rounds": arguments.rounds, "round_alpha": arguments.round_alpha, "trainer_class": trainer_class}
@@ -227,6 +224,27 @@ def run(argv: list[str]) -> int:
     if config.process_index == 0:
         console.print(_next_step(arguments, config))
     return EXIT_OK
+
+
+def _train_round(
+    arguments: TrainArguments,
+    interrupt: _Interrupt,
+    trainer: UnlearningTrainer,
+    number: int,
+    checkpoint: str | bool | None,
+) -> None:
+    """Train round `number`, or all of a run that has one; say what is trained on, and stop the run after Ctrl-C."""
+    if trainer.args.eval_strategy != "no":
+        trainer.add_callback(_evaluation_callback(arguments, trainer))
+    if trainer.is_world_process_zero():
+        if arguments.rounds > 1:
+            console.print(f"Round {number} of {arguments.rounds}")
+        if number == 1:
+            console.print(trainer.data_report.render())
+    with interrupt:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if interrupt.requested:
+        raise _Interrupted
 
 
 def _next_step(arguments: TrainArguments, config: UnlearningConfig) -> str:

@@ -80,16 +80,23 @@ def _plan(
     retain_rows = config.retain_per_forget if report.retain else 0
     base = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
     memory = _planned_memory(base, config, model, report, launch)
+    planned_steps = f"{steps} ({steps_an_epoch} an epoch)"
+    rounds = {}
+    if arguments.rounds > 1:
+        planned_steps += f" a round, {arguments.rounds * steps} in all"
+        rounds["rounds"] = f"{arguments.rounds}, each a step of α = {arguments.round_alpha:g} from its base"
+        rounds["bases of rounds"] = _planned_bases(arguments, config, model, base, memory)
     lines = {
         "model": f"{model.model_name_or_path}, {memory.base_parameters:,} parameters",
         "method": arguments.method,
         "adapter": _planned_adapter(config, model, memory),
-        "steps": f"{steps} ({steps_an_epoch} an epoch)",
+        "steps": planned_steps,
         "rows a step": f"{forget_rows_a_step} forget, {retain_rows * forget_rows_a_step} retain",
         "launch": f"{launch.describe()} ({arguments.accelerate_config or 'this command'})",
         "memory a process": f"about {memory.describe()}, besides Python and its libraries" + _reservation(arguments),
         "reference cache": _planned_cache(config, pairs, steps / steps_an_epoch, base.get_text_config().hidden_size),
         "writes": _planned_files(config, memory) + ", unlearning.json, tokenizer, trainer_state.json, checkpoint-*",
+        **rounds,
     }
     return "\n".join(f"{label + ':':<18}{value}" for label, value in lines.items())
 
@@ -112,6 +119,25 @@ def _planned_files(config: UnlearningConfig, memory: MemoryEstimate) -> str:
         return f"{config.output_dir}/model.safetensors, config.json"
     size = f"{memory.adapter_parameters * 4 / 1e6:.1f} MB"
     return f"{config.output_dir}/adapter_model.safetensors ({size}), adapter_config.json"
+
+
+def _planned_bases(
+    arguments: TrainArguments,
+    config: UnlearningConfig,
+    model: LoraModelConfig,
+    base: PretrainedConfig,
+    memory: MemoryEstimate,
+) -> str:
+    """Disk for the models that rounds are trained on: the first needs none, and two may exist at a time."""
+    size = memory.base_parameters * _loaded_dtype(base, model).itemsize / 1e6
+    number = min(2, arguments.rounds - 1)
+    return (
+        f"at most {number * size:,.1f} MB in {config.output_dir}/round-* during the run ({number} of {size:,.1f} MB)"
+    )
+
+
+def _loaded_dtype(base: PretrainedConfig, model: LoraModelConfig) -> torch.dtype:
+    return (base.dtype if model.dtype == "auto" else getattr(torch, model.dtype or "float32")) or torch.float32
 
 
 def _planned_cache(config: UnlearningConfig, pairs: PairedDataset, epochs: float, hidden_size: int) -> str:
@@ -148,7 +174,7 @@ def _planned_memory(
         forget_rows=rows,
         retain_rows=rows * config.retain_per_forget if report.retain else 0,
         length=max(report.forget.longest, report.retain.longest if report.retain else 0),
-        dtype=(base.dtype if model.dtype == "auto" else getattr(torch, model.dtype or "float32")) or torch.float32,
+        dtype=_loaded_dtype(base, model),
         mixed_precision=config.bf16 or config.fp16 or elsewhere,
         gradient_checkpointing=config.gradient_checkpointing,
         bits=4 if model.load_in_4bit else 8 if model.load_in_8bit else None,

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
 from transformers import PreTrainedModel
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_unlearn.data.loading import load_rows
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.adapter import ADAPTER_WEIGHTS_FILE, LoraAdapter
 from hf_unlearn.extrapolation.fingerprint import is_quantised
@@ -60,10 +62,10 @@ def train_in_rounds(
     **options: Any,
 ) -> Path:
     """
-    Extrapolate in rounds: a memorising adapter is trained on θ_k, then θ_(k+1) = θ_k − a·ΔW_k, and so on from θ_ref.
-    Every process has to call it.
+    Extrapolate in rounds: from θ_0 = θ_ref, round k trains a memorising adapter ΔW_k on θ_(k−1) and walks the step
+    θ_k = θ_(k−1) − a·ΔW_k. Every process has to call it.
 
-    `args.output_dir` becomes one memorising adapter of the *original* base, the exact sum a·ΔW_0 + a·ΔW_1 + ...: α = 1
+    `args.output_dir` becomes one memorising adapter of the *original* base, the exact sum a·ΔW_1 + a·ΔW_2 + ...: α = 1
     is all rounds, and a smaller α walks part of the way. The adapter of each round is in `round-1`, `round-2`, ...; the
     forget model that a round is trained on is its `base`, which is deleted once the next one exists.
 
@@ -98,15 +100,17 @@ def train_in_rounds(
             plan = [run.start(resume, overwrite)]
     first, checkpoint = broadcast_object_list(plan)[0]
     for number in range(first, rounds + 1):
+        sampled = run.sampled_rows(number) if retain_dataset is None else None
         of_round = args if number == 1 else run.options_after_the_first(args, number)
         trainer = trainer_class(
             model=model if number == 1 else str(run.base(number)),
             args=dataclasses.replace(of_round, output_dir=str(run.folder(number))),
             forget_dataset=forget_dataset,
-            retain_dataset=run.retain_set(retain_dataset, number),
+            retain_dataset=retain_dataset if sampled is None else sampled,
             peft_config=peft_config,
             **options,
         )
+        trainer.sampled_rows = sampled or trainer.sampled_rows
         run.check(trainer, number)
         train_round(trainer, number, checkpoint if number == first else None)
         run.finish(trainer, number)
@@ -196,10 +200,10 @@ class _Run:
         init = {name: value for name, value in (args.model_init_kwargs or {}).items() if name != "revision"}
         return dataclasses.replace(args, model_init_kwargs=init or None)
 
-    def retain_set(self, given: Any, number: int) -> Any:
-        """The retain set of a round: the one given, or the rows that the first round has sampled."""
-        sampled = self.folder(1) / SAMPLED_FILE
-        return str(sampled) if given is None and number > 1 and sampled.exists() else given
+    def sampled_rows(self, number: int) -> datasets.Dataset | None:
+        """For a later round the retain rows that the first has sampled; `None` where it has sampled none."""
+        path = self.folder(1) / SAMPLED_FILE
+        return load_rows(str(path), name="retain set") if number > 1 and path.exists() else None
 
     def check(self, trainer: ExtrapolationTrainer, number: int) -> None:
         """Raise where a round would be another training than the first."""
@@ -253,6 +257,8 @@ class _Run:
         for path in first.iterdir():
             if path.is_file() and path.name not in _OF_ONE_ROUND and not (saving / path.name).exists():
                 shutil.copyfile(path, saving / path.name)
+        for name in _OF_ONE_ROUND:  # of an ordinary training that is overwritten
+            (self.output_dir / name).unlink(missing_ok=True)
         _move_files(saving, self.output_dir)
 
 

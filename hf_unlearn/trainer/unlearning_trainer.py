@@ -477,7 +477,9 @@ class UnlearningTrainer(MethodHooks, AsksReference, SFTTrainer):
             super().save_model(output_dir, _internal_call)
             return
         # transformers would gather the frozen base as well, or, depending on the launch configuration, save no adapter.
-        self._save(output_dir, whole_adapter(self.peft_model))
+        adapter = whole_adapter(self.peft_model)
+        if self.args.should_save:
+            self._save(output_dir, adapter)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
