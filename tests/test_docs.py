@@ -22,7 +22,7 @@ from hf_unlearn.cli.quickstart import QuickstartArguments
 from hf_unlearn.cli.requests import ACTIONS
 from hf_unlearn.cli.sample import SampleArguments
 from hf_unlearn.cli.sweep import SweepArguments
-from hf_unlearn.cli.train import SHOWN, LoraModelConfig, TrainArguments
+from hf_unlearn.cli.train_options import SHOWN, LoraModelConfig, TrainArguments
 from hf_unlearn.data import to_prompt_completion
 from hf_unlearn.evaluation import metrics
 from hf_unlearn.evaluation.aggregates import ATTACKS, MEANS, RATES

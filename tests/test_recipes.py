@@ -25,7 +25,7 @@ from hf_unlearn.cli.eval import EvalArguments
 from hf_unlearn.cli.extrapolate import ExtrapolateArguments
 from hf_unlearn.cli.quickstart import QuickstartArguments
 from hf_unlearn.cli.sweep import SweepArguments
-from hf_unlearn.cli.train import LoraModelConfig, TrainArguments
+from hf_unlearn.cli.train_options import LoraModelConfig, TrainArguments
 from hf_unlearn.trainer import ExtrapolationConfig
 
 

@@ -68,6 +68,7 @@ METHODS = {
     method.name: method
     for method in (
         _rounds("rounds", "mirror-soft-full"),
+        _rounds("rounds-retain2", "mirror-soft-full-retain2"),
         _rounds("rounds-mox", "mox"),
         _rounds("rounds-task-vector", "task-vector"),
         _extrapolation("task-vector", PAPER | {"retain_kl_weight": 0.0}),
@@ -84,6 +85,12 @@ METHODS = {
         _extrapolation(
             "mirror-soft-lambda10",
             MIRROR_SOFT | {"retain_kl_weight": 10.0},
+            full_batch=True,
+            compare="mirror-soft-full",
+        ),
+        _extrapolation(
+            "mirror-soft-full-retain2",
+            MIRROR_SOFT | {"retain_per_forget": 2},
             full_batch=True,
             compare="mirror-soft-full",
         ),

@@ -6,7 +6,6 @@ import importlib.resources
 import math
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -15,6 +14,7 @@ from hf_unlearn.cli import EXIT_OK
 from hf_unlearn.cli.common import console
 from hf_unlearn.cli.methods import extrapolates
 from hf_unlearn.cli.sample import describe_sample
+from hf_unlearn.cli.train_options import LoraModelConfig, TrainArguments
 from hf_unlearn.data import DataReport
 from hf_unlearn.data.pairing import PairedDataset
 from hf_unlearn.data.sampling import SHARDED, planned_retain_set
@@ -24,10 +24,6 @@ from hf_unlearn.trainer.baselines import METHODS
 from hf_unlearn.trainer.memory import Launch, MemoryEstimate, estimate_memory
 from hf_unlearn.trainer.reference_cache import free_disk, plan_cache
 from hf_unlearn.trainer.sets import TrainingSets, sampling_of
-
-
-if TYPE_CHECKING:
-    from hf_unlearn.cli.train import LoraModelConfig, TrainArguments
 
 
 def dry_run(
