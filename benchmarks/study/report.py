@@ -56,9 +56,12 @@ class Study:
         return (figures["utility"] or 0.0) / self.target["utility"]
 
     def best(self, run: dict[str, Any]) -> dict[str, Any]:
-        """The point of the best forget quality at 98 % of the utility; the target itself counts."""
+        """
+        The point of the best forget quality at 98 % of the utility, of equal ones that with the least forget probability;
+        the target itself counts.
+        """
         within = [self.target, *(figures for figures in run["points"] if self.share(figures) >= MIN_UTILITY)]
-        return max(within, key=quality)
+        return max(within, key=lambda figures: (quality(figures), -figures["forget_probability"]))
 
     def ranking(self) -> list[str]:
         """Methods by the median of their best forget quality, then by what is left of the forget rows."""
