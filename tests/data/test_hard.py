@@ -12,7 +12,7 @@ from hf_unlearn import UnlearningError, to_prompt_completion
 from hf_unlearn.data.hard import paraphrased_rows, wrong_answer_rows
 
 
-TOFU = Path("/work/shared/data/tofu")
+TOFU = Path(__file__).parents[3] / "shared" / "data" / "tofu"
 ROWS = [
     {
         "question": "Who is Ada?",
