@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from tiny import tiny_llama
 from torch.func import functional_call
@@ -19,6 +22,31 @@ class GradientRecorder(TrainerCallback):
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.gradients.append({name: p.grad.clone() for name, p in parameters.items()})
         self.weights.append({name: p.detach().clone() for name, p in parameters.items()})
+
+
+def one_epoch(tmp_path: Path, batch_size: int, accumulation: int) -> dict[str, Any]:
+    """Options of a run whose every step can be recomputed."""
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "max_grad_norm": 0.0,
+        "warmup_steps": 0,  # the first step of a warm-up changes nothing
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
+def randomise_lora_b(trainer) -> None:
+    """Take the adapter away from its start, where B = 0."""
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
 
 
 class DenseModel:

@@ -24,19 +24,13 @@ from hf_unlearn.extrapolation.adapter import (
 )
 from hf_unlearn.extrapolation.arithmetic import RealisedError, TensorError
 from hf_unlearn.extrapolation.checkpoint import atomic_folder, write_shard
-from hf_unlearn.extrapolation.provenance import package_versions, write_provenance
+from hf_unlearn.extrapolation.provenance import package_versions, secret_note, write_provenance
 
 
 logger = logging.getLogger(__name__)
 
 FP32_BYTES = 4
 CANCELLED = 1e-6  # a sum this small against its terms is rounding
-
-SECRET_NOTE = """# Combined memorising adapter: keep it private
-
-This adapter makes the base model *more* likely to state what it is meant to forget. Do not publish it. What is made to
-be shared is the forget model or the forget adapter that `hf-unlearn extrapolate` writes from it.
-"""
 
 
 @dataclass(frozen=True)
@@ -164,7 +158,7 @@ class LowRankUpdate:
             self._write_factors(folder / ADAPTER_WEIGHTS_FILE)
             self._config().save_pretrained(str(folder))
             write_provenance(folder, combined_provenance(self.sources[0], self.operator))
-            (folder / "README.md").write_text(SECRET_NOTE, encoding="utf-8")
+            (folder / "README.md").write_text(secret_note("Combined memorising adapter"), encoding="utf-8")
         return LoraAdapter.load(output_dir)
 
     def _refuse_cancelled(self) -> None:

@@ -65,3 +65,17 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UnlearningError(f"{path} holds a {type(content).__name__}, not a JSON object. Restore or delete it.")
     return content
+
+
+def secret_note(what: str) -> str:
+    """
+    The README of an adapter that has to stay private.
+
+    Args:
+        what (`str`): What it is, for the title.
+    """
+    return f"""# {what}: keep it private
+
+This adapter makes the base model *more* likely to state what it is meant to forget. Do not publish it. What is made to
+be shared is the forget model or the forget adapter that `hf-unlearn extrapolate` writes from it.
+"""

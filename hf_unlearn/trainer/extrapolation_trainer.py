@@ -14,19 +14,13 @@ from torch import nn
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.adapter import LoraAdapter, save_forget_adapter
 from hf_unlearn.extrapolation.live import MAX_SHARD_SIZE, extrapolated, is_sharded, save_live_forget_model
+from hf_unlearn.extrapolation.provenance import secret_note
 from hf_unlearn.extrapolation.sharded import failing_together, save_sharded_forget_model
 from hf_unlearn.lm_head import LMHead
 from hf_unlearn.losses import cross_entropy, npo_memorization
 from hf_unlearn.trainer.batch import ForgetTokens, MicroBatch
 from hf_unlearn.trainer.extrapolation_config import ExtrapolationConfig
 from hf_unlearn.trainer.unlearning_trainer import UnlearningTrainer
-
-
-SECRET_NOTE = """# Memorising adapter: keep it private
-
-This adapter makes the base model *more* likely to state what it is meant to forget. Do not publish it. What is made to
-be shared is the forget model or the forget adapter that `hf-unlearn extrapolate` writes from it.
-"""
 
 
 class ExtrapolationTrainer(UnlearningTrainer):
@@ -61,7 +55,7 @@ class ExtrapolationTrainer(UnlearningTrainer):
     config_class = ExtrapolationConfig
     method = "model-extrapolation"
     forget_loss_name = "memorization_loss"
-    saved_note = SECRET_NOTE
+    saved_note = secret_note("Memorising adapter")
 
     @property
     def forget_temperature(self) -> float:

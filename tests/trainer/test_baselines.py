@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from dense import DenseModel, GradientRecorder, assert_close
+from dense import DenseModel, GradientRecorder, assert_close, one_epoch, randomise_lora_b
 from peft import LoraConfig
 from tiny import tiny_llama, tiny_rows, tiny_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -26,21 +26,9 @@ def make(tmp_path, method, *, batch_size=4, accumulation=1, callbacks=(), random
     trainer_class, config_class = METHODS[method]
     if method == "altpo":
         options = {"alternate_column": "other"} | options
-    defaults = {
-        "output_dir": str(tmp_path / "run"),
-        "per_device_train_batch_size": batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-3,
-        "max_grad_norm": 0.0,
-        "warmup_steps": 0,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
     trainer = trainer_class(
         model=tiny_llama(),
-        args=config_class(**defaults | options),
+        args=config_class(**one_epoch(tmp_path, batch_size, accumulation) | options),
         forget_dataset=FORGET,
         retain_dataset=RETAIN,
         processing_class=tiny_tokenizer(),
@@ -48,11 +36,7 @@ def make(tmp_path, method, *, batch_size=4, accumulation=1, callbacks=(), random
         peft_config=peft_config,
     )
     if random_b:  # with B = 0 the model is the reference
-        torch.manual_seed(3)
-        with torch.no_grad():
-            for name, parameter in trainer.model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.1)
+        randomise_lora_b(trainer)
     return trainer
 
 

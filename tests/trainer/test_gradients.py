@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from dense import GradientRecorder, assert_close, one_epoch, randomise_lora_b
 from tiny import tiny_llama, tiny_rows, tiny_tokenizer
 from torch.func import functional_call
 from transformers import TrainerCallback
@@ -14,46 +15,17 @@ from hf_unlearn import ExtrapolationConfig, ExtrapolationTrainer
 FORGET, RETAIN = tiny_rows(7, seed=1), tiny_rows(5, seed=2)
 
 
-class GradientRecorder(TrainerCallback):
-    """Keeps the gradients and the adapter weights right before each optimiser step."""
-
-    def __init__(self) -> None:
-        self.gradients: list[dict[str, torch.Tensor]] = []
-        self.weights: list[dict[str, torch.Tensor]] = []
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.gradients.append({name: p.grad.clone() for name, p in parameters.items()})
-        self.weights.append({name: p.detach().clone() for name, p in parameters.items()})
-
-
 def make_trainer(tmp_path, *, batch_size=4, accumulation=1, callbacks=(), random_b=True, **options):
-    args = {
-        "output_dir": str(tmp_path / "run"),
-        "per_device_train_batch_size": batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-3,
-        "max_grad_norm": 0.0,
-        "warmup_steps": 0,  # the first step of a warm-up changes nothing
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
     trainer = ExtrapolationTrainer(
         model=tiny_llama(),
-        args=ExtrapolationConfig(**args | options),
+        args=ExtrapolationConfig(**one_epoch(tmp_path, batch_size, accumulation) | options),
         forget_dataset=FORGET,
         retain_dataset=RETAIN,
         processing_class=tiny_tokenizer(),
         callbacks=list(callbacks),
     )
     if random_b:  # with B = 0 the gradient of A vanishes and the retain term has none
-        torch.manual_seed(3)
-        with torch.no_grad():
-            for name, parameter in trainer.model.named_parameters():
-                if "lora_B" in name:
-                    parameter.normal_(std=0.1)
+        randomise_lora_b(trainer)
     return trainer
 
 
@@ -98,14 +70,6 @@ def brute_force(trainer, lora: dict[str, torch.Tensor], pairs: list[int], **opti
     loss = memorization / num_forget + options.get("retain_kl_weight", 1.0) * kl / num_retain
     loss.backward()
     return {name: leaf.grad for name, leaf in leaves.items()}, memorization / num_forget, kl / num_retain
-
-
-def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Relative to the largest gradient entry, 1e-5."""
-    size = max(value.abs().max() for value in expected.values())
-    assert size > 1e-4
-    for name, value in expected.items():
-        assert (actual[name].double() - value).abs().max() <= 1e-5 * size, name
 
 
 @pytest.mark.parametrize(
