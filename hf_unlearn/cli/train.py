@@ -33,6 +33,7 @@ from hf_unlearn.trainer.baselines import METHODS
 from hf_unlearn.trainer.rounds import (
     QUANTISED,
     check_rounds,
+    check_rounds_cache,
     check_rounds_folder,
     train_in_rounds,
 )
@@ -163,6 +164,7 @@ def _check_arguments(arguments: TrainArguments, config: UnlearningConfig, model:
         check_rounds(arguments.rounds, arguments.round_alpha)
         if model.load_in_4bit or model.load_in_8bit:
             raise UnlearningError(QUANTISED)
+        check_rounds_cache(config)
         check_rounds_folder(Path(config.output_dir), arguments.resume, arguments.overwrite)
         return
     refuse_idle(arguments, ("round_alpha",), "with --rounds 1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -79,6 +80,8 @@ def _plan(
     planned_steps = f"{steps} ({steps_an_epoch} an epoch)"
     rounds = {}
     if arguments.rounds > 1:
+        if config.cached_sets:
+            config = replace(config, reference_cache=True)
         planned_steps += f" a round, {arguments.rounds * steps} in all"
         rounds["rounds"] = f"{arguments.rounds}, each a step of α = {arguments.round_alpha:g} from its base"
         rounds["bases of rounds"] = _planned_bases(arguments, config, model, base, memory)

@@ -14,11 +14,14 @@ from torch import nn
 
 from hf_unlearn.lm_head import LMHead, forward_and_score
 from hf_unlearn.trainer.batch import MicroBatch, Reference
-from hf_unlearn.trainer.reference_cache import ReferenceCache, free_disk, num_local_processes, plan_cache
+from hf_unlearn.trainer.reference_cache import ReferenceCache, fill_cache, free_disk, num_local_processes, plan_cache
 
 
 class AsksReference:
     """The part of [`UnlearningTrainer`] that runs the reference."""
+
+    # What another model says, that is the reference instead of this one; rows and options are those of this run.
+    fixed_reference: ReferenceCache | None = None
 
     @property
     def needs_reference(self) -> bool:
@@ -32,8 +35,8 @@ class AsksReference:
 
     def _reference_of(self, model: nn.Module, batch: MicroBatch) -> Reference | None:
         """What the reference says of the rows for which it is asked."""
-        if self._reference_cache is not None:
-            return self._reference_cache.of(batch)
+        if self.reference_cache is not None:
+            return self.reference_cache.of(batch)
         if not self.needs_reference:
             return None
         is_retain = ~(batch.is_forget | batch.is_alternate)
@@ -68,7 +71,9 @@ class AsksReference:
 
     def _start_reference_cache(self) -> None:
         """Fill the reference cache where it was asked for or pays."""
-        self._reference_cache = None
+        self.reference_cache = self.fixed_reference
+        if self.fixed_reference is not None:
+            return
         sets = self.args.cached_sets
         if self.args.reference_cache is False or not sets:
             return
@@ -79,7 +84,7 @@ class AsksReference:
         pays = self.args.reference_cache or plan.pays(free_disk(self.args.output_dir))
         if not broadcast_object_list([pays])[0]:  # free disks differ between machines
             return
-        self._reference_cache = ReferenceCache(
+        self.reference_cache = fill_cache(
             plan,
             self.train_dataset,
             partial(self._reference_pass, self.model_wrapped),

@@ -147,7 +147,98 @@ class RowFile:
 
 class ReferenceCache:
     """
-    The reference's outputs on the rows that a run will meet, computed at construction.
+    The reference's outputs on rows that were computed before, see [`fill_cache`].
+
+    Args:
+        files (`dict`): Name of a set, `"forget"` or `"retain"` -> its [`RowFile`].
+    """
+
+    def __init__(self, files: dict[str, RowFile]) -> None:
+        self._files = files
+
+    def of(self, batch: MicroBatch) -> Reference:
+        """What the reference says of a micro-batch."""
+        outputs: dict[str, torch.Tensor | None] = {"forget": None, "retain": None}
+        for name, file in self._files.items():
+            rows = batch.rows[batch.is_forget if name == "forget" else ~batch.is_forget].tolist()
+            outputs[name] = file.read(rows).to(batch.labels.device, non_blocking=True)
+        return Reference(outputs["retain"], outputs["forget"])
+
+
+@dataclass(frozen=True)
+class _Filler:
+    """Computes what the reference says of the rows of a plan; see [`fill_cache`]."""
+
+    reference_pass: Callable[[MicroBatch], Reference]
+    collator: PairCollator
+    accelerator: Accelerator
+    folder: Path
+    batch_size: int
+    progress: bool
+
+    def fill(self, name: str, dataset: datasets.Dataset, rows: list[int], size: str) -> RowFile:
+        """Compute the rows of one set; the processes of a machine share them."""
+        labels = dataset["labels"]
+        lengths = {row: num_scored(labels[row]) for row in rows}
+        by_length = sorted(rows, key=lambda row: (len(labels[row]), row))
+        batches = [by_length[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        processes, index = num_local_processes(self.accelerator), self.accelerator.local_process_index
+        label = f"Caching the reference of {len(rows):,} {name} rows ({size})"
+        hidden = not (self.progress and self.accelerator.is_main_process)
+        file = None
+        for start in tqdm(range(0, len(batches), processes), desc=label, disable=hidden):
+            batch = batches[min(start + index, len(batches) - 1)]
+            vectors = self._run(name, dataset, batch)
+            if file is None:
+                file = self._make_file(name, lengths, vectors)
+            file.write(batch, vectors)
+        self.accelerator.wait_for_everyone()
+        return file
+
+    def _run(self, name: str, dataset: datasets.Dataset, rows: list[int]) -> torch.Tensor:
+        """What the reference says of some rows, one vector for each scored position."""
+        inputs = self.collator([{key: dataset[row][key] for key in ("input_ids", "labels")} for row in rows])
+        inputs |= {"is_forget": torch.full((len(rows),), name == "forget"), "rows": torch.tensor(rows)}
+        batch = MicroBatch({key: value.to(self.accelerator.device) for key, value in inputs.items()})
+        reference = self.reference_pass(batch)
+        return reference.retain_hidden if name == "retain" else reference.forget
+
+    def _make_file(self, name: str, lengths: dict[int, int], vectors: torch.Tensor) -> RowFile:
+        path = self.folder / f".reference-cache-{name}-{platform.node()}"
+        width, dtype = vectors.shape[1], vectors.dtype
+        num_bytes = sum(lengths.values()) * width * dtype.itemsize
+        self._check_disk(num_bytes)
+        if self.accelerator.is_local_main_process:
+            RowFile.reserve(path, num_bytes)
+        self.accelerator.wait_for_everyone()
+        file = RowFile(path, lengths, width, dtype)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_local_main_process:
+            with suppress(PermissionError):  # Windows keeps the name of an open file
+                path.unlink()
+        return file
+
+    def _check_disk(self, num_bytes: int) -> None:
+        free = free_disk(self.folder)
+        if num_bytes > free:
+            raise UnlearningError(
+                f"`reference_cache` needs {num_bytes:,} bytes in {self.folder}, which has {free:,} free. Make room, "
+                "name another `output_dir`, or set reference_cache=False."
+            )
+
+
+def fill_cache(
+    plan: CachePlan,
+    pairs: PairedDataset,
+    reference_pass: Callable[[MicroBatch], Reference],
+    collator: PairCollator,
+    accelerator: Accelerator,
+    folder: str | Path,
+    batch_size: int,
+    progress: bool = True,
+) -> ReferenceCache:
+    """
+    Compute what the reference says of the rows that a run will meet.
 
     Args:
         plan ([`CachePlan`]): Which rows.
@@ -160,85 +251,10 @@ class ReferenceCache:
         batch_size (`int`): Rows in a pass.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a progress bar, which says the size.
     """
-
-    def __init__(
-        self,
-        plan: CachePlan,
-        pairs: PairedDataset,
-        reference_pass: Callable[[MicroBatch], Reference],
-        collator: PairCollator,
-        accelerator: Accelerator,
-        folder: str | Path,
-        batch_size: int,
-        progress: bool = True,
-    ) -> None:
-        self._reference_pass = reference_pass
-        self._collator = collator
-        self._accelerator = accelerator
-        self._folder = Path(folder)
-        self._batch_size = batch_size
-        self._progress = progress
-        size = f"at most {plan.num_bytes / 1e6:,.1f} MB"
-        sets = {"forget": pairs.forget, "retain": pairs.retain}
-        self._files = {name: self._fill(name, sets[name], rows, size) for name, rows in plan.rows.items()}
-
-    def of(self, batch: MicroBatch) -> Reference:
-        """What the reference says of a micro-batch."""
-        outputs: dict[str, torch.Tensor | None] = {"forget": None, "retain": None}
-        for name, file in self._files.items():
-            rows = batch.rows[batch.is_forget if name == "forget" else ~batch.is_forget].tolist()
-            outputs[name] = file.read(rows).to(batch.labels.device, non_blocking=True)
-        return Reference(outputs["retain"], outputs["forget"])
-
-    def _fill(self, name: str, dataset: datasets.Dataset, rows: list[int], size: str) -> RowFile:
-        """Compute the rows of one set; the processes of a machine share them."""
-        labels = dataset["labels"]
-        lengths = {row: num_scored(labels[row]) for row in rows}
-        by_length = sorted(rows, key=lambda row: (len(labels[row]), row))
-        batches = [by_length[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
-        processes, index = num_local_processes(self._accelerator), self._accelerator.local_process_index
-        label = f"Caching the reference of {len(rows):,} {name} rows ({size})"
-        hidden = not (self._progress and self._accelerator.is_main_process)
-        file = None
-        for start in tqdm(range(0, len(batches), processes), desc=label, disable=hidden):
-            batch = batches[min(start + index, len(batches) - 1)]
-            vectors = self._run(name, dataset, batch)
-            if file is None:
-                file = self._make_file(name, lengths, vectors)
-            file.write(batch, vectors)
-        self._accelerator.wait_for_everyone()
-        return file
-
-    def _run(self, name: str, dataset: datasets.Dataset, rows: list[int]) -> torch.Tensor:
-        """What the reference says of some rows, one vector for each scored position."""
-        inputs = self._collator([{key: dataset[row][key] for key in ("input_ids", "labels")} for row in rows])
-        inputs |= {"is_forget": torch.full((len(rows),), name == "forget"), "rows": torch.tensor(rows)}
-        batch = MicroBatch({key: value.to(self._accelerator.device) for key, value in inputs.items()})
-        reference = self._reference_pass(batch)
-        return reference.retain_hidden if name == "retain" else reference.forget
-
-    def _make_file(self, name: str, lengths: dict[int, int], vectors: torch.Tensor) -> RowFile:
-        path = self._folder / f".reference-cache-{name}-{platform.node()}"
-        width, dtype = vectors.shape[1], vectors.dtype
-        num_bytes = sum(lengths.values()) * width * dtype.itemsize
-        self._check_disk(num_bytes)
-        if self._accelerator.is_local_main_process:
-            RowFile.reserve(path, num_bytes)
-        self._accelerator.wait_for_everyone()
-        file = RowFile(path, lengths, width, dtype)
-        self._accelerator.wait_for_everyone()
-        if self._accelerator.is_local_main_process:
-            with suppress(PermissionError):  # Windows keeps the name of an open file
-                path.unlink()
-        return file
-
-    def _check_disk(self, num_bytes: int) -> None:
-        free = free_disk(self._folder)
-        if num_bytes > free:
-            raise UnlearningError(
-                f"`reference_cache` needs {num_bytes:,} bytes in {self._folder}, which has {free:,} free. Make room, "
-                "name another `output_dir`, or set reference_cache=False."
-            )
+    filler = _Filler(reference_pass, collator, accelerator, Path(folder), batch_size, progress)
+    size = f"at most {plan.num_bytes / 1e6:,.1f} MB"
+    sets = {"forget": pairs.forget, "retain": pairs.retain}
+    return ReferenceCache({name: filler.fill(name, sets[name], rows, size) for name, rows in plan.rows.items()})
 
 
 def num_local_processes(accelerator: Accelerator) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import datasets
 from accelerate.utils import broadcast_object_list
 from peft import LoraConfig
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_unlearn.data.loading import load_rows
@@ -26,6 +26,7 @@ from hf_unlearn.extrapolation.provenance import read_provenance, write_provenanc
 from hf_unlearn.extrapolation.sharded import failing_together
 from hf_unlearn.trainer.extrapolation_config import ExtrapolationConfig
 from hf_unlearn.trainer.extrapolation_trainer import ExtrapolationTrainer
+from hf_unlearn.trainer.reference_cache import ReferenceCache
 from hf_unlearn.trainer.sets import SAMPLED_FILE
 
 
@@ -63,7 +64,8 @@ def train_in_rounds(
 ) -> Path:
     """
     Extrapolate in rounds: from θ_0 = θ_ref, round k trains a memorising adapter ΔW_k on θ_(k−1) and walks the step
-    θ_k = θ_(k−1) − a·ΔW_k. Every process has to call it.
+    θ_k = θ_(k−1) − a·ΔW_k. The reference of every round is the *original* model: what it says of the retain rows is
+    computed once, in the first round. Every process has to call it.
 
     `args.output_dir` becomes one memorising adapter of the *original* base, the exact sum a·ΔW_1 + a·ΔW_2 + ...: α = 1
     is all rounds, and a smaller α walks part of the way. The adapter of each round is in `round-1`, `round-2`, ...; the
@@ -71,7 +73,7 @@ def train_in_rounds(
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]): Model to unlearn from, in 16 or 32 bits.
-        args ([`ExtrapolationConfig`]): Options of every round. The reference of the retain KL is the round's own base.
+        args ([`ExtrapolationConfig`]): Options of every round.
         forget_dataset (`datasets.Dataset`, `str` or list of `dict`): What must go.
         retain_dataset (the same, *optional*): What must stay. Rows sampled from the original model if not given.
         rounds (`int`): Number of rounds, 2 or more.
@@ -93,17 +95,20 @@ def train_in_rounds(
         raise UnlearningError(f"{trainer_class.__name__} does not extrapolate, so it has no rounds. Call its `train`.")
     if options.get("quantization_config") is not None:
         raise UnlearningError(QUANTISED)
+    check_rounds_cache(args)
     is_main = args.process_index == 0
     plan = [None]
     with failing_together():
         if is_main:
             plan = [run.start(resume, overwrite)]
     first, checkpoint = broadcast_object_list(plan)[0]
-    for number in range(first, rounds + 1):
+    if args.cached_sets:
+        args = dataclasses.replace(args, reference_cache=True)
+
+    def trainer_of(number: int, base: str | PreTrainedModel, of_round: ExtrapolationConfig) -> ExtrapolationTrainer:
         sampled = run.sampled_rows(number) if retain_dataset is None else None
-        of_round = args if number == 1 else run.options_after_the_first(args, number)
         trainer = trainer_class(
-            model=model if number == 1 else str(run.base(number)),
+            model=base,
             args=dataclasses.replace(of_round, output_dir=str(run.folder(number))),
             forget_dataset=forget_dataset,
             retain_dataset=retain_dataset if sampled is None else sampled,
@@ -111,9 +116,22 @@ def train_in_rounds(
             **options,
         )
         trainer.sampled_rows = sampled or trainer.sampled_rows
+        return trainer
+
+    reference = None
+    if 1 < first <= rounds:  # resumed
+        reference = _ask(trainer_of(1, model, args))
+    for number in range(first, rounds + 1):
+        of_round = args if number == 1 else run.options_after_the_first(args, number)
+        trainer = trainer_of(number, model if number == 1 else str(run.base(number)), of_round)
         run.check(trainer, number)
+        trainer.fixed_reference = reference
+        asking = _Asking(trainer)
+        trainer.add_callback(asking)
         train_round(trainer, number, checkpoint if number == first else None)
+        reference = asking.reference
         run.finish(trainer, number)
+        asking.trainer = None
         trainer.accelerator.free_memory()
         del trainer
         gc.collect()
@@ -123,12 +141,51 @@ def train_in_rounds(
     return run.output_dir
 
 
+class _Asking(TrainerCallback):
+    """Keeps what the reference of a trainer says, from the beginning of its training on."""
+
+    def __init__(self, trainer: ExtrapolationTrainer, train: bool = True) -> None:
+        self.trainer: ExtrapolationTrainer | None = trainer
+        self.train = train
+        self.reference: ReferenceCache | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.reference = self.trainer.reference_cache
+        if not self.train:
+            raise _AskedError
+
+
+class _AskedError(Exception):
+    """The reference was all that was wanted of a training."""
+
+
+def _ask(trainer: ExtrapolationTrainer) -> ReferenceCache | None:
+    """What the reference of an untrained trainer says; it takes no step."""
+    asking = _Asking(trainer, train=False)
+    trainer.add_callback(asking)
+    try:
+        trainer.train()
+    except _AskedError:
+        trainer.accelerator.free_memory()
+    asking.trainer = None
+    return asking.reference
+
+
 def check_rounds(rounds: int, round_alpha: float) -> None:
     """Raise unless these are a number of rounds and a step."""
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 2:
         raise UnlearningError(f"rounds={rounds} is not possible. Use 2 or more; one round is an ordinary training.")
     if not 0 < round_alpha < math.inf:
         raise UnlearningError(f"round_alpha={round_alpha} is not possible: it must be a finite number above 0.")
+
+
+def check_rounds_cache(args: ExtrapolationConfig) -> None:
+    """Raise where what the original says of the rows may not be kept."""
+    if args.reference_cache is False and args.cached_sets:
+        raise UnlearningError(
+            "reference_cache=False is not possible with rounds: all of them hold the retain rows to the original model, "
+            "which is in memory in the first round alone. Leave `reference_cache` unset."
+        )
 
 
 def check_rounds_folder(output_dir: Path, resume: bool, overwrite: bool) -> None:

@@ -76,7 +76,7 @@ class _RunCallback(TrainerCallback):
         self.trainer._start_reference_cache()
 
     def on_train_end(self, args, state, control, **kwargs):
-        self.trainer._reference_cache = None
+        self.trainer.reference_cache = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # accelerate forwards `set_epoch` to a dataset in one process, but not in several.
@@ -208,7 +208,7 @@ class UnlearningTrainer(MethodHooks, AsksReference, SFTTrainer):
         self.add_callback(_RunCallback(self))
         self._sums: dict[str, torch.Tensor | float] = defaultdict(float)
         self._is_evaluating = False
-        self._reference_cache: ReferenceCache | None = None
+        self.reference_cache: ReferenceCache | None = None
 
     # ---- Construction ----
 

@@ -96,7 +96,7 @@ class TestLosses:
         trainer = make_trainer(tmp_path, reference_cache=True)
         trainer.train()
         assert not list(Path(trainer.args.output_dir).glob(".*"))
-        assert trainer._reference_cache is None
+        assert trainer.reference_cache is None
 
     def test_vectors_are_the_hidden_states_of_the_base_model(self, tmp_path):
         trainer = make_trainer(tmp_path, reference_cache=True)
@@ -111,7 +111,7 @@ class TestLosses:
                 hidden = base.model(ids[None]).last_hidden_state[0, :-1]
                 vectors.append(hidden[labels[1:] != -100])
             expected = torch.cat(vectors).float()
-            found = trainer._reference_cache._files["retain"].read(rows)
+            found = trainer.reference_cache._files["retain"].read(rows)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             checked.extend(rows)
             return original(model, inputs, *args, **kwargs)

@@ -54,6 +54,26 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
+def answers(rows: list[dict]) -> list[torch.Tensor]:
+    """Token ids of each answer, EOS included."""
+    tokenizer = tiny_tokenizer()
+    return [
+        torch.tensor([*tokenizer(row["completion"], add_special_tokens=False).input_ids, tokenizer.eos_token_id])
+        for row in rows
+    ]
+
+
+@torch.no_grad()
+def answer_log_probs(model: torch.nn.Module, rows: list[dict]) -> list[torch.Tensor]:
+    """Log-probabilities of the vocabulary at each answer position of each row."""
+    tokenizer, found = tiny_tokenizer(), []
+    for row, answer in zip(rows, answers(rows), strict=True):
+        prompt = tokenizer(row["prompt"], add_special_tokens=False).input_ids
+        ids = torch.tensor([[*prompt, *answer.tolist()]])
+        found.append(model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1))
+    return found
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_model_dir) -> SimpleNamespace:
     """Three rounds; the forget model of each round is written apart as well."""
@@ -113,20 +133,24 @@ class TestResult:
 
 class TestRounds:
     def test_a_round_is_trained_on_the_forget_model_of_the_one_before(self, run):
-        tokenizer = tiny_tokenizer()
-        model = AutoModelForCausalLM.from_pretrained(run.folder / "forget-1").double()
-        losses = []
-        for row in FORGET:
-            prompt, answer = (tokenizer(row[part], add_special_tokens=False).input_ids for part in row)
-            ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id]])
-            with torch.no_grad():
-                log_probs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            losses += (-log_probs.gather(1, ids[0, len(prompt) :, None])).flatten().tolist()
+        before = AutoModelForCausalLM.from_pretrained(run.folder / "forget-1").double()
+        scored = zip(answer_log_probs(before, FORGET), answers(FORGET), strict=True)
+        losses = torch.cat([-log_probs.gather(1, ids[:, None])[:, 0] for log_probs, ids in scored])
         history = json.loads((run.result / "round-2" / "trainer_state.json").read_text())["log_history"]
-        assert history[0]["memorization_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-        assert history[0]["retain_kl"] == pytest.approx(0, abs=1e-6)
+        assert history[0]["memorization_loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
         first = json.loads((run.result / "round-1" / "trainer_state.json").read_text())["log_history"]
         assert abs(first[0]["memorization_loss"] - history[0]["memorization_loss"]) > 0.1
+
+    def test_the_reference_is_the_original_model_in_every_round(self, run):
+        original = answer_log_probs(AutoModelForCausalLM.from_pretrained(run.base).double(), RETAIN)
+        for number in (2, 3):
+            before = AutoModelForCausalLM.from_pretrained(run.folder / f"forget-{number - 1}").double()
+            tokens = [
+                (p.exp() * (p - q)).sum(1) for p, q in zip(original, answer_log_probs(before, RETAIN), strict=True)
+            ]
+            history = json.loads((run.result / f"round-{number}" / "trainer_state.json").read_text())["log_history"]
+            assert history[0]["retain_kl"] == pytest.approx(torch.cat(tokens).mean().item(), rel=1e-4)
+            assert history[0]["retain_kl"] > 1e-3
 
     def test_sampled_retain_rows_are_those_of_the_first_round(self, tmp_path, tiny_model_dir):
         args = config(tmp_path / "run", num_train_epochs=2, retain_sample_size=4)
@@ -247,6 +271,12 @@ class TestRefused:
     def test_by_name_and_before_anything_is_written(self, tmp_path, options, named):
         with pytest.raises(UnlearningError, match=named):
             train_in_rounds("no-such-model", config(tmp_path / "run"), FORGET, RETAIN, **options)
+        assert not (tmp_path / "run").exists()
+
+    def test_a_run_without_the_cache(self, tmp_path):
+        args = config(tmp_path / "run", reference_cache=False)
+        with pytest.raises(UnlearningError, match="reference_cache=False is not possible with rounds"):
+            train_in_rounds("no-such-model", args, FORGET, RETAIN, rounds=2)
         assert not (tmp_path / "run").exists()
 
     def test_a_live_quantised_model(self, tmp_path, monkeypatch):
