@@ -139,6 +139,30 @@ def dpo(
     return _spread(-(2 / beta) * F.logsigmoid(beta * preference), rows)
 
 
+def targeted_memorization(
+    log_probs: torch.Tensor,
+    rows: torch.Tensor,
+    alternate_log_probs: torch.Tensor,
+    alternate_rows: torch.Tensor,
+    weight: float,
+) -> torch.Tensor:
+    """
+    The targeted form of memorisation (arXiv 2602.06441): CE(y) − w·CE(y') of each row, each the mean over the tokens of
+    its answer. Unbounded below: the second term is ascent on the other answer y'.
+
+    Args:
+        log_probs (`torch.Tensor` of shape `(N,)`): Log-probabilities of the tokens of the forget answers.
+        rows (`torch.Tensor` of shape `(N,)`, int): Row of each of them.
+        alternate_log_probs (`torch.Tensor` of shape `(M,)`): Log-probabilities of the tokens of the alternate answers.
+        alternate_rows (`torch.Tensor` of shape `(M,)`, int): Forget row to which each of those belongs.
+        weight (`float`): Weight w.
+    """
+    num_rows = _num_rows(rows)
+    mean = _row_sums(-log_probs, rows, num_rows) / _lengths(rows).clamp(min=1)
+    alternate_lengths = torch.bincount(alternate_rows, minlength=num_rows).clamp(min=1)
+    return _spread(mean + weight * _row_sums(alternate_log_probs, alternate_rows, num_rows) / alternate_lengths, rows)
+
+
 def _num_rows(rows: torch.Tensor) -> int:
     return int(rows.max()) + 1 if len(rows) else 0  # a process may get rows that only fill its batch
 

@@ -20,6 +20,7 @@ from hf_unlearn.losses import (
     satimp,
     simnpo,
     squared_distance,
+    targeted_memorization,
     undial,
     weighted_ascent,
 )
@@ -97,12 +98,25 @@ class TestRows:
             dpo(log_probs - REFERENCE, ROWS, alternate, rows, 1.0), values, alternate, [-2 / 3, -2 / 9, -2 / 9]
         )
 
+    def test_targeted_memorization(self, log_probs):
+        # Mean −ln p is 1.5·ln 2 and 3·ln 2, of the alternates 3·ln 2 and ln 2; w = 1/4: 0.75·ln 2 and 2.75·ln 2.
+        alternate = torch.tensor([-LN2, -2 * LN2, -4 * LN2], requires_grad=True)
+        rows = torch.tensor([1, 0, 0])
+        values = [0.2599302, 0.2599302, 1.9061547]
+        assert_loss(
+            targeted_memorization(log_probs, ROWS, alternate, rows, 0.25), values, log_probs, [-1 / 2, -1 / 2, -1]
+        )
+        assert_loss(
+            targeted_memorization(log_probs, ROWS, alternate, rows, 0.25), values, alternate, [1 / 4, 1 / 8, 1 / 8]
+        )
+
     def test_no_rows(self):
         nothing, rows = torch.zeros(0), torch.zeros(0, dtype=torch.long)
         for loss in (
             npo(nothing, nothing, rows, 1.0),
             simnpo(nothing, rows, 1.0, 0.0),
             dpo(nothing, rows, nothing, rows, 1.0),
+            targeted_memorization(nothing, rows, nothing, rows, 1.0),
         ):
             assert loss.shape == (0,)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import time
@@ -16,6 +17,7 @@ from peft import LoraConfig, PeftModel
 from setting import Prepared
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
+from hf_unlearn import ExtrapolationTrainer, train_in_rounds
 from hf_unlearn.evaluation import Evaluation, Evaluator, choose_alpha
 from hf_unlearn.extrapolation import LoraAdapter, operators
 from hf_unlearn.extrapolation.consensus import SignConsensus
@@ -43,8 +45,8 @@ MIN_UTILITY = 0.98
 BROKEN = 0.7  # share of the target's utility below which a sweep ends
 ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 REFINEMENTS = 3
-ROUNDS, ROUND_ALPHA = 8, 0.5
-STEPS = (4, 8, 12, 16, 24, 32, 50, 75, 100, 150, 200, 300, 400)  # of a baseline; 400 see as many rows as all rounds
+ROUNDS, ROUND_ALPHA = 6, 0.5
+STEPS = (8, 16, 32, 50, 75, 100, 150, 200, 250)  # of a baseline
 COLLAPSED = 0.3  # share below which a baseline does not come back
 RULES = ("match-retrain", "match-holdout", "utility-budget")
 RANK = 16
@@ -67,6 +69,52 @@ class Target:
 
 
 # ---- Training ----
+
+
+def config_of(prepared: Prepared, method: Method, seed: int, output_dir: Path, learning_rate: float = 1.0) -> Any:
+    """
+    The options of a training.
+
+    Args:
+        prepared (`Prepared`): The setting.
+        method (`Method`): How.
+        seed (`int`): Seed of the adapter and of the order of the rows.
+        output_dir (`Path`): Where the adapter goes.
+        learning_rate (`float`, *optional*, defaults to `1.0`): Multiple of the setting's.
+    """
+    setting = prepared.setting
+    config_class = TRAINERS[method.trainer][1]
+    accumulation = -(-len(prepared.rows.forget) // setting.batch_size) if method.full_batch else 1
+    steps = max(5, setting.steps // 4) if method.full_batch else setting.steps
+    if method.kind == "baseline":
+        steps = STEPS[-1]
+    options = {"paraphrases": "paraphrased_answer", "wrong_answers": "perturbed_answer"}
+    return config_class(
+        **{
+            "output_dir": str(output_dir),
+            "learning_rate": setting.learning_rate * learning_rate,
+            "max_steps": steps,
+            "per_device_train_batch_size": setting.batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_checkpointing": False,
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": 0.1,
+            "save_strategy": "epoch" if method.kind == "extrapolation" else "no",  # for momentum
+            "save_only_model": True,
+            "report_to": "none",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "use_cpu": not torch.accelerator.is_available(),
+            "seed": seed,
+            **{column: options[column] for column in method.columns},
+            **method.options,
+        }
+    )
+
+
+def lora() -> LoraConfig:
+    """The adapter of every method."""
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def train(
@@ -93,51 +141,23 @@ def train(
         swap (`bool`, *optional*, defaults to `False`): Memorise as many retain rows instead of the forget rows.
         callback (`Callable`, *optional*): Makes a callback of the trainer.
     """
-    setting, rows = prepared.setting, prepared.rows
+    rows = prepared.rows
     forget, retain = (rows.retain[-len(rows.forget) :], rows.forget) if swap else (rows.forget, rows.retain)
-    trainer_class, config_class = TRAINERS[method.trainer]
-    accumulation = -(-len(forget) // setting.batch_size) if method.full_batch else 1
-    steps = max(5, setting.steps // 4) if method.full_batch else setting.steps
-    if method.kind == "baseline":
-        steps = STEPS[-1]
-    options = {"paraphrases": "paraphrased_answer", "wrong_answers": "perturbed_answer"}
-    config = config_class(
-        **{
-            "output_dir": str(output_dir),
-            "learning_rate": setting.learning_rate * learning_rate,
-            "max_steps": steps,
-            "per_device_train_batch_size": setting.batch_size,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_checkpointing": False,
-            "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": 0.1,
-            "save_strategy": "epoch" if method.kind == "extrapolation" else "no",  # for momentum
-            "save_only_model": True,
-            "report_to": "none",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "use_cpu": not torch.accelerator.is_available(),
-            "seed": seed,
-            **{column: options[column] for column in method.columns},
-            **method.options,
-        }
-    )
+    config = config_of(prepared, method, seed, output_dir, learning_rate)
     torch.manual_seed(seed)
-    trainer = trainer_class(
+    trainer = TRAINERS[method.trainer][0](
         model if model is not None else prepared.load_target(),
         config,
         datasets.Dataset.from_list(forget),
         datasets.Dataset.from_list(retain) if config.uses_retain else None,
         processing_class=prepared.tokenizer,
-        peft_config=None
-        if method.trainer == "rmu"
-        else LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=None if method.trainer == "rmu" else lora(),
     )
     if callback is not None:
         trainer.add_callback(callback(trainer))
-    start = time.perf_counter()
+    start = time.process_time()
     trainer.train()
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     trainer.save_model()
     logs = [log for log in trainer.state.log_history if "grad_norm" in log]
     return {
@@ -156,18 +176,18 @@ class Checkpoints(TrainerCallback):
         self.evaluator = prepared.evaluator(trainer.peft_model)
         self.target = target
         self.points: list[dict[str, Any]] = []
-        self.seconds = 0.0
+        self.seconds = 0.0  # of evaluation
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step not in STEPS:
             return
-        start = time.perf_counter()
+        start = time.process_time()
         training = self.evaluator.model.training
         self.evaluator.model.eval()
         self.evaluator.drop_results()
         self.points.append(point(self.evaluator.evaluate(), state.global_step))
         self.evaluator.model.train(training)
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.process_time() - start
         if self.target.share(self.points[-1]) < COLLAPSED:
             control.should_training_stop = True
 
@@ -252,49 +272,45 @@ def best_quality(points: Iterable[dict[str, Any]], target: Target) -> float:
 # ---- Rounds ----
 
 
-@torch.no_grad()
-def _walk(model: PreTrainedModel, adapter: LoraAdapter, alpha: float) -> None:
-    """θ ← θ − α·ΔW."""
-    for module in adapter.modules:
-        model.get_submodule(module).weight.sub_(adapter.delta(module), alpha=alpha)
-
-
 def _run_rounds(prepared: Prepared, target: Target, method: Method, seed: int, work: Path) -> dict[str, Any]:
     """Memorise, walk a short way, memorise again from there; each round trains by `method`."""
-    model, points, seconds, steps = prepared.load_target(), [], 0.0, 0
+    points: list[dict[str, Any]] = []
+    facts = {"seconds": 0.0, "steps": 0}
 
-    def evaluate() -> Evaluation:
-        return prepared.evaluator(model).evaluate()
+    def train_round(trainer: ExtrapolationTrainer, number: int, checkpoint: str | None) -> None:
+        start = time.process_time()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        facts["seconds"] = round(facts["seconds"] + time.process_time() - start, 1)
+        facts["steps"] += trainer.state.global_step
+        evaluator = prepared.evaluator(trainer.peft_model)
 
-    for number in range(ROUNDS):
-        start = prepared.load_target()
-        start.load_state_dict(model.state_dict())
-        facts = train(prepared, method, 100 * number + seed, work / str(number), model=start)
-        seconds, steps = seconds + facts["seconds"], steps + facts["steps"]
-        adapter = LoraAdapter.load(work / str(number))
-        _walk(model, adapter, ROUND_ALPHA)
-        points.append(point(evaluate(), (number + 1) * ROUND_ALPHA) | {"seconds": round(seconds, 1)})
-        share = target.share(points[-1])
-        if share < MIN_UTILITY and (number == 0 or target.share(points[-2]) >= MIN_UTILITY):
-            points[-1:] = _halfway(model, adapter, evaluate, points[-1], target)
-        if share < BROKEN:
-            break
-    return {"seconds": round(seconds, 1), "steps": steps, "points": points}
+        def walked(part: float) -> dict[str, Any]:
+            strength = (number - 1 + part) * ROUND_ALPHA
+            return point(evaluator.evaluate(part * ROUND_ALPHA), strength) | {"seconds": facts["seconds"]}
 
+        end = walked(1.0)
+        before = target.share(points[-1]) if points else 1.0
+        if target.share(end) < MIN_UTILITY <= before:
+            low, high = 0.0, 1.0
+            for _ in range(REFINEMENTS):
+                middle = (low + high) / 2
+                points.append(walked(middle))
+                low, high = (middle, high) if target.share(points[-1]) >= MIN_UTILITY else (low, middle)
+        points.append(end)
 
-def _halfway(
-    model: PreTrainedModel, adapter: LoraAdapter, evaluate: Callable[[], Evaluation], end: dict, target: Target
-) -> list[dict[str, Any]]:
-    """Points within the round that leaves the budget, by bisection, and its end."""
-    found, low, high = [end], 0.0, 1.0
-    for _ in range(REFINEMENTS):
-        middle = (low + high) / 2
-        back = (1 - middle) * ROUND_ALPHA
-        _walk(model, adapter, -back)
-        found.append(point(evaluate(), end["strength"] - back) | {"seconds": end["seconds"]})
-        _walk(model, adapter, back)
-        low, high = (middle, high) if target.share(found[-1]) >= MIN_UTILITY else (low, middle)
-    return sorted(found, key=lambda figures: figures["strength"])
+    train_in_rounds(
+        str(prepared.target),
+        dataclasses.replace(config_of(prepared, method, seed, work), save_strategy="no"),
+        datasets.Dataset.from_list(prepared.rows.forget),
+        datasets.Dataset.from_list(prepared.rows.retain),
+        rounds=ROUNDS,
+        round_alpha=ROUND_ALPHA,
+        peft_config=lora(),
+        processing_class=prepared.tokenizer,
+        overwrite=True,
+        train_round=train_round,
+    )
+    return facts | {"points": sorted(points, key=lambda figures: figures["strength"])}
 
 
 # ---- Operators ----
@@ -302,7 +318,7 @@ def _halfway(
 
 def _combined(prepared: Prepared, method: Method, seed: int, work: Path) -> tuple[Any, dict[str, Any]]:
     """The adapter of an operator, or for sign consensus an evaluator of the dense update."""
-    start = time.perf_counter()
+    start = time.process_time()
     if method.operator == "msa":
         return _msa(prepared, seed, work)
     of = METHODS[method.of]
@@ -336,7 +352,7 @@ def _combined(prepared: Prepared, method: Method, seed: int, work: Path) -> tupl
 
 
 def _took(start: float) -> dict[str, Any]:
-    return {"seconds": round(time.perf_counter() - start, 1)}
+    return {"seconds": round(time.process_time() - start, 1)}
 
 
 def _trained(prepared: Prepared, method: Method, seed: int, work: Path) -> Path:
@@ -348,7 +364,7 @@ def _trained(prepared: Prepared, method: Method, seed: int, work: Path) -> Path:
 
 def _msa(prepared: Prepared, seed: int, work: Path) -> tuple[Path, dict[str, Any]]:
     """Forget and retain vectors from the clean checkpoint, applied to the target."""
-    start = time.perf_counter()
+    start = time.process_time()
     parts = []
     for swap in (False, True):
         folder = work / f"clean-{'retain' if swap else 'forget'}-{seed}"

@@ -47,13 +47,16 @@ SOFT = PAPER | {"memorization_temperature": 4.0}
 MIRROR_SOFT = MIRROR | SOFT | {"retain_kl_scale": -1.0}
 
 
+TUNED: dict[str, tuple[float, ...]] = {}  # the best baselines of seed 0 get three learning rates
+
+
 def _extrapolation(name: str, options: dict[str, Any], **rest: Any) -> Method:
     return Method(name, "extrapolation", options=options, **rest)
 
 
 def _baseline(name: str) -> Method:
     options = {"alternate_column": "perturbed_answer"} if name == "altpo" else {}
-    return Method(name, "baseline", trainer=name, options=options, learning_rates=(0.1, 1.0))
+    return Method(name, "baseline", trainer=name, options=options, learning_rates=TUNED.get(name, (0.3,)))
 
 
 def _operator(name: str, operator: str, of: str = "mox") -> Method:
@@ -68,6 +71,7 @@ METHODS = {
     method.name: method
     for method in (
         _rounds("rounds", "mirror-soft-full"),
+        _rounds("rounds-held", "mirror-half-soft-full"),
         _rounds("rounds-retain2", "mirror-soft-full-retain2"),
         _rounds("rounds-mox", "mox"),
         _rounds("rounds-task-vector", "task-vector"),
@@ -82,6 +86,12 @@ METHODS = {
         _extrapolation("mirror-soft", MIRROR_SOFT, compare="mirror"),
         _extrapolation("mirror-full", MIRROR, full_batch=True, compare="mirror"),
         _extrapolation("mirror-soft-full", MIRROR_SOFT, full_batch=True, compare="mirror-soft"),
+        _extrapolation(
+            "mirror-half-soft-full",  # held at the end of a round's step
+            MIRROR_SOFT | {"retain_kl_scale": -0.5},
+            full_batch=True,
+            compare="mirror-soft-full",
+        ),
         _extrapolation(
             "mirror-soft-lambda10",
             MIRROR_SOFT | {"retain_kl_weight": 10.0},

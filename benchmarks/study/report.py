@@ -96,7 +96,7 @@ def spread(values: list[float], form: Any = "{:.2f}".format) -> str:
 def main_table(study: Study) -> str:
     """Every method at its best point."""
     lines = [
-        "| method | seeds | strength | forget quality | " + " | ".join(COLUMNS.values()) + " | training, s |",
+        "| method | seeds | strength | forget quality | " + " | ".join(COLUMNS.values()) + " | training, CPU s |",
         "|" + "---|" * (len(COLUMNS) + 5),
     ]
     for name in study.ranking():

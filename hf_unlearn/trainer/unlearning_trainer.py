@@ -333,7 +333,8 @@ class UnlearningTrainer(MethodHooks, AsksReference, SFTTrainer):
         if reference is not None and reference.forget is not None:
             tokens = replace(tokens, reference_log_probs=reference.forget[:, 0])
         if alternate is not None:
-            others = ForgetTokens(alternate, batch.alternate_rows, reference.alternate_log_probs)
+            asked = None if reference is None else reference.alternate_log_probs
+            others = ForgetTokens(alternate, batch.alternate_rows, asked)
             tokens = replace(tokens, alternate=others)
         return tokens
 

@@ -28,6 +28,9 @@ def method_arguments(sets, output_dir, method: str, *extra: str) -> list[str]:
     return train_arguments(sets, output_dir, *extra, *(["--alternate_column", "other"] if method == "altpo" else []))
 
 
+EXTRAPOLATING = ("extrapolation", "task-vector", "targeted")
+
+
 @pytest.fixture(scope="module")
 def npo_adapter(sets, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("npo") / "run"
@@ -41,17 +44,17 @@ def test_every_method_plans_and_trains(method, sets, tmp_path, capsys):
     assert main([*arguments, "--dry_run"]) == 0
     plan = capsys.readouterr().out
     assert f"method:           {method}\n" in plan
-    assert ("estimated for LoRA under model extrapolation" in plan) == (method not in ("extrapolation", "task-vector"))
+    assert ("estimated for LoRA under model extrapolation" in plan) == (method not in EXTRAPOLATING)
     assert not (tmp_path / "run").exists()
 
     assert main(arguments) == 0
     output = capsys.readouterr().out
-    assert ("hf-unlearn sweep" in output) == (method in ("extrapolation", "task-vector"))
-    assert ("hf-unlearn eval --adapter" in output) == (method not in ("extrapolation", "task-vector"))
+    assert ("hf-unlearn sweep" in output) == (method in EXTRAPOLATING)
+    assert ("hf-unlearn eval --adapter" in output) == (method not in EXTRAPOLATING)
     factors = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert all(value.abs().max() > 0 for value in factors.values())  # B starts at 0
     recorded = json.loads((tmp_path / "run" / "unlearning.json").read_text())["method"]
-    assert recorded == ("model-extrapolation" if method in ("extrapolation", "task-vector") else method)
+    assert recorded == ("model-extrapolation" if method in EXTRAPOLATING else method)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +204,7 @@ class TestPage:
         assert re.findall(r"^## ([a-z-]+)$", text, re.MULTILINE) == list(METHODS)
         assert re.findall(r"^\| `([a-z][a-z-]*)` \|", text, re.MULTILINE) == list(METHODS)
 
-    @pytest.mark.parametrize("method", [name for name in METHODS if name not in ("extrapolation", "task-vector")])
+    @pytest.mark.parametrize("method", [name for name in METHODS if name not in EXTRAPOLATING])
     def test_tables_have_what_differs_from_the_shared_defaults(self, method):
         shared = {option.name: option.default for option in dataclasses.fields(BaselineConfig)}
         differing = {

@@ -19,12 +19,12 @@ from hf_unlearn.trainer.baselines import METHODS
 FORGET, RETAIN = tiny_rows(8, seed=1), tiny_rows(5, seed=2)
 for index, row in enumerate(FORGET):
     row["other"] = [f" w{5 + index} w9 w{30 - index}", f" w{40 + index}"]
-BASELINES = [name for name in METHODS if name not in ("extrapolation", "task-vector")]
+BASELINES = [name for name in METHODS if name not in ("extrapolation", "task-vector", "targeted")]
 
 
 def make(tmp_path, method, *, batch_size=4, accumulation=1, callbacks=(), random_b=True, peft_config=None, **options):
     trainer_class, config_class = METHODS[method]
-    if method == "altpo":
+    if method in ("altpo", "targeted"):
         options = {"alternate_column": "other"} | options
     trainer = trainer_class(
         model=tiny_llama(),
@@ -74,6 +74,9 @@ def forget_loss(method: str, model: DenseModel, pair: dict) -> tuple[torch.Tenso
         other_reference, _ = model.run(pair["alternate"], live=False)
         other_ratio = log_probs(other, other_targets).sum() - log_probs(other_reference, other_targets).sum()
         return -2 / 0.1 * torch.sigmoid(0.1 * (other_ratio - ratio)).log(), 1
+    if method == "targeted":
+        other = log_probs(*model.run(pair["alternate"]))
+        return -logp.mean() + 0.3 * other.mean(), 1
     if method == "idk":
         return -logp.sum(), len(targets)
     if method == "undial":
@@ -105,7 +108,7 @@ def brute_force(trainer, method: str, weights: dict[str, torch.Tensor], indices:
             counts["retain"] += len(targets)
     counted = {"forget": "forget", "kl": "retain", "nll": "retain"}
     means = {name: sums[name] / counts[items] for name, items in counted.items() if counts[items]}
-    loss = args.forget_weight * means["forget"]
+    loss = getattr(args, "forget_weight", 1.0) * means["forget"]
     loss = loss + args.retain_kl_weight * means.get("kl", 0.0) + args.retain_nll_weight * means.get("nll", 0.0)
     loss.backward()
     gradients = {
@@ -119,6 +122,21 @@ FORGET_OPTIONS = {
     "simnpo": {"simnpo_beta": 0.2, "simnpo_margin": 0.3},
     "pdu": {"dual_warmup_epochs": 9, "retain_nll_limit": 1.0},
 }
+
+
+@pytest.mark.parametrize("retain_kl_weight", [0.0, 0.5])
+def test_gradients_of_the_targeted_form_equal_brute_force(tmp_path, retain_kl_weight, monkeypatch):
+    recorder = GradientRecorder()
+    options = {"target_weight": 0.3, "retain_kl_weight": retain_kl_weight, "reference_cache": False}
+    trainer = make(tmp_path, "targeted", batch_size=3, accumulation=2, callbacks=[recorder], **options)
+    order = record_order(trainer, monkeypatch)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "memorization_loss" in log]
+    drawn = order.copy()
+    for step, window in enumerate((drawn[:6], drawn[6:])):
+        expected, means = brute_force(trainer, "targeted", recorder.weights[step], window)
+        assert_close(recorder.gradients[step], expected)
+        assert logs[step]["memorization_loss"] == pytest.approx(means["forget"], rel=1e-5)
 
 
 @pytest.mark.parametrize("terms", ["alone", "with both retain terms"])
@@ -376,6 +394,8 @@ class TestCEU:
         ("grad-diff", {"retain_nll_weight": -1.0}, "retain_nll_weight"),
         ("rmu", {"retain_kl_weight": 1.0}, "rmu_retain_weight"),
         ("altpo", {"alternate_column": None}, "alternate_column"),
+        ("targeted", {"target_weight": 0.0}, "target_weight=0.0"),
+        ("targeted", {"memorization_loss": "npo"}, "memorization_loss='npo' has no targeted form"),
         ("dpo", {"alternate_column": "other", "alternate_dataset": "x.jsonl"}, "alternate_dataset"),
         ("dpo", {"reference_cache": True}, "reference_cache"),
         ("task-vector", {"retain_kl_weight": 1.0}, "retain term"),

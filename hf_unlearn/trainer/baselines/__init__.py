@@ -27,6 +27,7 @@ from hf_unlearn.trainer.baselines.preference import (
 )
 from hf_unlearn.trainer.baselines.primal_dual import PDUConfig, PDUTrainer
 from hf_unlearn.trainer.baselines.representation import RMUConfig, RMUTrainer
+from hf_unlearn.trainer.baselines.targeted import TargetedConfig, TargetedTrainer
 from hf_unlearn.trainer.baselines.task_vector import TaskVectorConfig, TaskVectorTrainer
 from hf_unlearn.trainer.extrapolation_config import ExtrapolationConfig
 from hf_unlearn.trainer.extrapolation_trainer import ExtrapolationTrainer
@@ -37,6 +38,7 @@ from hf_unlearn.trainer.unlearning_trainer import UnlearningTrainer
 METHODS: dict[str, tuple[type[UnlearningTrainer], type[UnlearningConfig]]] = {
     "extrapolation": (ExtrapolationTrainer, ExtrapolationConfig),
     "task-vector": (TaskVectorTrainer, TaskVectorConfig),
+    "targeted": (TargetedTrainer, TargetedConfig),
     "grad-ascent": (GradAscentTrainer, GradAscentConfig),
     "grad-diff": (GradDiffTrainer, BaselineConfig),
     "kl": (KLTrainer, KLConfig),
@@ -80,6 +82,8 @@ __all__ = [
     "SatImpTrainer",
     "SimNPOConfig",
     "SimNPOTrainer",
+    "TargetedConfig",
+    "TargetedTrainer",
     "TaskVectorConfig",
     "TaskVectorTrainer",
     "UNDIALConfig",

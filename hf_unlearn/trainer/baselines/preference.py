@@ -85,9 +85,9 @@ class SimNPOTrainer(BaselineTrainer):
 
 
 @dataclass
-class AlternateConfig(BaselineConfig):
+class AlternateOptions:
     """
-    Configuration of the methods that train on other answers to the forget prompts.
+    Where the other answers to the forget prompts come from.
 
     Args:
         alternate_column (`str`, *optional*):
@@ -95,8 +95,6 @@ class AlternateConfig(BaselineConfig):
         alternate_dataset (`str`, *optional*):
             Or a set with the prompts of the forget set, in the same order, and the other answers: a local file or folder,
             or a Hub id. Given neither, the answers are refusals that come with the package, drawn anew in each epoch.
-
-        > Options shared by the baselines, see [`BaselineConfig`]
     """
 
     alternate_column: str | None = field(
@@ -120,6 +118,29 @@ class AlternateConfig(BaselineConfig):
         if self.alternate_column is not None and self.alternate_dataset is not None:
             raise UnlearningError("`alternate_column` and `alternate_dataset` both give the other answers. Pass one.")
 
+    def make_alternates(
+        self, forget: datasets.Dataset, source: Any, tokenizer: PreTrainedTokenizerBase
+    ) -> AlternateAnswers:
+        """The other answers to a tokenised forget set, which was read from `source`."""
+        options = (tokenizer, self.max_length, self.seed)
+        if self.alternate_column is not None:
+            return AlternateAnswers.of_column(forget, source, self.alternate_column, *options)
+        if self.alternate_dataset is not None:
+            return AlternateAnswers.of_dataset(forget, self.alternate_dataset, *options)
+        return AlternateAnswers.of_refusals(forget, *options)
+
+
+@dataclass
+class AlternateConfig(AlternateOptions, BaselineConfig):
+    """
+    Configuration of the methods that train on other answers to the forget prompts.
+
+    Args:
+        > Where they come from, see [`AlternateOptions`]
+
+        > Options shared by the baselines, see [`BaselineConfig`]
+    """
+
 
 class AlternateTrainer(BaselineTrainer):
     """Base class of the methods that train on other answers to the forget prompts."""
@@ -130,12 +151,7 @@ class AlternateTrainer(BaselineTrainer):
     def make_alternates(
         cls, forget: datasets.Dataset, source: Any, tokenizer: PreTrainedTokenizerBase, args: AlternateConfig
     ) -> AlternateAnswers:
-        options = (tokenizer, args.max_length, args.seed)
-        if args.alternate_column is not None:
-            return AlternateAnswers.of_column(forget, source, args.alternate_column, *options)
-        if args.alternate_dataset is not None:
-            return AlternateAnswers.of_dataset(forget, args.alternate_dataset, *options)
-        return AlternateAnswers.of_refusals(forget, *options)
+        return args.make_alternates(forget, source, tokenizer)
 
 
 class IDKTrainer(AlternateTrainer):
