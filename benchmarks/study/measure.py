@@ -43,7 +43,7 @@ FIGURES = (
 )
 MIN_UTILITY = 0.98
 BROKEN = 0.7  # share of the target's utility below which a sweep ends
-ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+ALPHAS = (1.0, 2.0, 4.0, 8.0)
 REFINEMENTS = 3
 ROUNDS, ROUND_ALPHA = 6, 0.5
 STEPS = (8, 16, 32, 50, 75, 100, 150, 200, 250)  # of a baseline
@@ -216,7 +216,7 @@ def run(prepared: Prepared, target: Target, method: Method, seed: int, work: Pat
 
 
 def sweep(prepared: Prepared, target: Target, model: Any) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Points along α, closest where the utility leaves the budget, and the α that each rule chooses."""
+    """Points along α, closest where the utility leaves the budget, and the one of them that each rule chooses."""
     evaluator = prepared.evaluator(model) if isinstance(model, PeftModel) else model
     points: dict[float, dict[str, Any]] = {}
 
@@ -236,12 +236,11 @@ def sweep(prepared: Prepared, target: Target, model: Any) -> tuple[list[dict[str
     for _ in range(REFINEMENTS if high else 0):
         middle = round((low + high) / 2, 6)
         low, high = (middle, high) if share(middle) >= MIN_UTILITY else (low, middle)
-    rules = {}
-    for rule in RULES:
-        rules[rule] = choose_alpha(evaluator, ALPHAS, rule, min_utility=MIN_UTILITY, refinements=REFINEMENTS).alpha
-        if rules[rule] > 0:
-            share(rules[rule])
-    return [points[alpha] for alpha in sorted(points)], rules
+    alphas = sorted(points)
+    rules = {
+        rule: choose_alpha(evaluator, alphas, rule, min_utility=MIN_UTILITY, refinements=0).alpha for rule in RULES
+    }
+    return [points[alpha] for alpha in alphas], rules
 
 
 def _run_baseline(prepared: Prepared, target: Target, method: Method, seed: int, work: Path) -> dict[str, Any]:

@@ -72,6 +72,7 @@ METHODS = {
     for method in (
         _rounds("rounds", "mirror-soft-full"),
         _rounds("rounds-held", "mirror-half-soft-full"),
+        _rounds("rounds-held-lambda10", "mirror-half-soft-lambda10"),
         _rounds("rounds-retain2", "mirror-soft-full-retain2"),
         _rounds("rounds-mox", "mox"),
         _rounds("rounds-task-vector", "task-vector"),
@@ -79,6 +80,9 @@ METHODS = {
         _extrapolation("mox", PAPER, compare="task-vector"),
         _extrapolation("mox-lambda10", PAPER | {"retain_kl_weight": 10.0}, compare="mox"),
         _extrapolation("mox-npo", PAPER | {"memorization_loss": "npo"}, compare="mox"),
+        _extrapolation(
+            "targeted", PAPER | {"alternate_column": "perturbed_answer"}, trainer="targeted", compare="mox"
+        ),
         _extrapolation("full-batch", PAPER, full_batch=True, compare="mox"),
         _extrapolation("soft", SOFT, compare="mox"),
         _extrapolation("mirror", MIRROR, compare="mox"),
@@ -91,6 +95,12 @@ METHODS = {
             MIRROR_SOFT | {"retain_kl_scale": -0.5},
             full_batch=True,
             compare="mirror-soft-full",
+        ),
+        _extrapolation(
+            "mirror-half-soft-lambda10",
+            MIRROR_SOFT | {"retain_kl_scale": -0.5, "retain_kl_weight": 10.0},
+            full_batch=True,
+            compare="mirror-half-soft-full",
         ),
         _extrapolation(
             "mirror-soft-lambda10",
@@ -122,6 +132,6 @@ METHODS = {
         _operator("best-average", "average", of="mirror-soft-full"),
         _operator("best-projection", "projection", of="mirror-soft-full"),
         _operator("msa", "msa", of="clean"),
-        *(_baseline(name) for name in TRAINERS if name not in ("extrapolation", "task-vector")),
+        *(_baseline(name) for name in TRAINERS if name not in ("extrapolation", "task-vector", "targeted")),
     )
 }

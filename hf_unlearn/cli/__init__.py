@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 
 from hf_unlearn import __version__
 from hf_unlearn.errors import UnlearningError
@@ -14,9 +15,13 @@ COMMANDS = {
     "sample": "write retain rows that are sampled from the model itself",
     "train": "memorise a forget set with LoRA, holding the rest still, or unlearn by another method",
     "eval": "evaluate any model, an adapter at several α, or a published log",
+    "audit": "try to get back what a model was made to forget, with a verdict on each attack",
     "sweep": "evaluate a trained adapter over many α, and choose one by a rule",
     "extrapolate": "write the forget model or the forget adapter at one α",
+    "export": "write the result as vLLM and llama.cpp load it",
     "requests": "deletion requests one after another: add, revoke, measure, build the model without them",
+    "playground": "a page to look at the effect of α: both answers side by side, token by token",
+    "push": "upload a forget model or forget adapter to the Hub, with its card",
     "combine": "make one direction out of memorising adapters: average, project, agree, weigh",
 }
 
@@ -78,6 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"hf-unlearn {command}: interrupted.", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:  # of a library, which says in its own words what is wrong
+        traceback.print_exc()
+        print(f"hf-unlearn {command}: failed, as the lines above say where: {error}", file=sys.stderr)
+        return EXIT_FAILED
     finally:
         distributed = sys.modules.get("torch.distributed")
         if distributed is not None and distributed.is_available() and distributed.is_initialized():

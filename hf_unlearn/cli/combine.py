@@ -203,6 +203,9 @@ def _check(arguments: CombineArguments) -> None:
     if found < least or (most is not None and found > most):
         wanted = "one" if most else f"{least} or more"
         raise UnlearningError(f"--operator {arguments.operator} takes {wanted} --adapters, got {found}.")
+    twice = [name for name in arguments.adapters if arguments.adapters.count(name) > 1]
+    if twice:
+        raise UnlearningError(f"--adapters names {twice[0]} more than once. Name each adapter once.")
     if arguments.rank is not None and arguments.rank < 1:
         raise UnlearningError(f"--rank {arguments.rank} is not possible. Choose a whole number above 0.")
     if arguments.dtype is not None:

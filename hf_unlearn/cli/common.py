@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import warnings
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ from transformers.utils import logging
 from trl import TrlParser
 
 from hf_unlearn.data import drop_untrainable, encode_set, load_rows
-from hf_unlearn.errors import UnlearningError
+from hf_unlearn.errors import UnlearningError, explaining
 from hf_unlearn.evaluation.batching import process_state
 from hf_unlearn.extrapolation import LoraAdapter, SafetensorsCheckpoint, resolve_model, verify_fingerprint_files
 from hf_unlearn.quantisation import use_training_kernels
@@ -65,6 +66,7 @@ class CommandParser(TrlParser):
             description=description,
             epilog=f"example:\n{example}",
             formatter_class=_HelpFormatter,
+            allow_abbrev=False,
         )
         self.add_argument("--config", help="YAML file of options; flags on the command line win.")
         self.add_argument("--help_all", action="store_true", help="Explain every option, also the inherited ones.")
@@ -81,11 +83,33 @@ class CommandParser(TrlParser):
             for action in self._hidden:
                 action.help = argparse.SUPPRESS
         try:
-            return self.parse_args_and_config(argv)[: len(self.dataclass_types)]
+            parsed = self.parse_args_and_config(argv, return_remaining_strings=True, separate_remaining_strings=True)
         except UnlearningError:
             raise
-        except (OSError, yaml.YAMLError, ValueError) as error:
+        except yaml.YAMLError as error:
+            raise UnlearningError(f"The --config file is not valid YAML: {error}. Mend it there.") from error
+        except FileNotFoundError as error:
+            raise UnlearningError(f"--config {error.filename} does not exist. Check the path.") from error
+        except (OSError, ValueError) as error:
             raise UnlearningError(str(error)) from error
+        *_, of_config, of_command = parsed
+        self._refuse_unknown(of_config, "the --config file")
+        self._refuse_unknown(of_command, "the command line")
+        return parsed[: len(self.dataclass_types)]
+
+    def _refuse_unknown(self, remaining: list[str], where: str) -> None:
+        """Raise for what no option has taken, and name the option that was probably meant."""
+        if not remaining:
+            return
+        given = remaining[0].split("=")[0]
+        options = [option for action in self._actions for option in action.option_strings if option[:2] == "--"]
+        if not given.startswith("--"):
+            raise UnlearningError(
+                f"{given!r} in {where} belongs to no option. Options begin with two hyphens: see --help."
+            )
+        close = difflib.get_close_matches(given, options, n=1, cutoff=0.8)
+        meant = f"Did you mean {close[0]}?" if close else "`--help` lists the options, `--help_all` all of them."
+        raise UnlearningError(f"{given} in {where} is no option of `{self.prog}`. {meant}")
 
 
 def _own_fields(kind: type) -> list:
@@ -222,7 +246,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrained
 
 def load_causal_lm(folder: Path, dtype: str, quantization_config: BitsAndBytesConfig | None = None) -> PreTrainedModel:
     """Load a model onto the device of this process, quantised if asked."""
-    with quiet_loading():
+    with quiet_loading(), explaining(f"The model {folder} cannot be loaded", "Check its files, or save them again."):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization_config)
     use_training_kernels(model)
     return model.to(process_state().device).eval()

@@ -150,6 +150,7 @@ def _check(arguments: EvalArguments) -> None:
         raise UnlearningError(f"Pass one of --model, --adapter and --log; got {found}. See `hf-unlearn eval --help`.")
     if arguments.output_dir is None:
         raise UnlearningError("--output_dir is required. See `hf-unlearn eval --help`.")
+    parse_alphas(arguments.alphas)
     if arguments.model is not None:
         refuse_idle(arguments, ["base", "alphas", "check_base"], "with --model, only with --adapter")
     if arguments.log is not None:

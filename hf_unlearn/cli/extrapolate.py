@@ -9,9 +9,12 @@ from rich.table import Table
 
 from hf_unlearn.cli import EXIT_OK
 from hf_unlearn.cli.common import CommandParser, base_of, console, refuse_existing, refuse_idle
+from hf_unlearn.cli.push import upload
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import LoraAdapter, MergePlan, extrapolate, plan_merge, save_forget_adapter
 from hf_unlearn.extrapolation.arithmetic import check_alpha
+from hf_unlearn.hub import HubPush, HubRepository
+from hf_unlearn.hub.contents import base_on_hub
 
 
 DESCRIPTION = """\
@@ -40,6 +43,8 @@ class ExtrapolateArguments:
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing folder.
         check_base (`bool`, *optional*, defaults to `True`): Whether to refuse another base than the recorded one.
         delete_cache (`bool`, *optional*, defaults to `False`): Whether to keep downloads only until they are merged.
+        push_to_hub (`bool`, *optional*, defaults to `False`): Whether to upload what was written.
+        hub_model_id (`str`, *optional*): Repository to upload to.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to check and plan only.
     """
 
@@ -73,6 +78,11 @@ class ExtrapolateArguments:
             "needs room for the result and one of them."
         },
     )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={"help": "Upload what was written into a private repository; `hf-unlearn push` has more options."},
+    )
+    hub_model_id: str | None = field(default=None, metadata={"help": "Repository to upload to, e.g. me/forgetful."})
     dry_run: bool = field(
         default=False,
         metadata={"help": "Check everything, print what would be downloaded and written, and what it needs."},
@@ -88,12 +98,27 @@ def run(argv: list[str]) -> int:
     refuse_existing(Path(arguments.output_dir).expanduser(), arguments.overwrite)
     adapter = LoraAdapter.load(arguments.adapter)
     adapter.refuse_result()
-    if arguments.format == "adapter":
-        return _write_adapter(adapter, arguments)
-    return _write_model(adapter, arguments)
+    _check_push(arguments, adapter)
+    write = _write_adapter if arguments.format == "adapter" else _write_model
+    write(adapter, arguments)
+    if arguments.push_to_hub and not arguments.dry_run:
+        upload(HubPush(arguments.hub_model_id, **{arguments.format: arguments.output_dir}))
+    return EXIT_OK
 
 
-def _write_adapter(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> int:
+def _check_push(arguments: ExtrapolateArguments, adapter: LoraAdapter) -> None:
+    """Check what an upload needs before hours of merging."""
+    if not arguments.push_to_hub:
+        refuse_idle(arguments, ["hub_model_id"], "without --push_to_hub")
+        return
+    if arguments.hub_model_id is None:
+        raise UnlearningError("--push_to_hub needs a repository. Name it with --hub_model_id, e.g. me/forgetful.")
+    base_on_hub(adapter.provenance.get("base") or {})
+    if not arguments.dry_run:
+        HubRepository.check(arguments.hub_model_id)
+
+
+def _write_adapter(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> None:
     check_alpha(arguments.alpha)
     if arguments.dtype:
         raise UnlearningError("--dtype is for --format model; a forget adapter keeps the dtype of its adapter.")
@@ -105,13 +130,12 @@ def _write_adapter(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> int
             f"  {arguments.output_dir}/adapter_model.safetensors ({size / 1e6:.1f} MB), adapter_config.json, "
             "unlearning.json"
         )
-        return EXIT_OK
+        return
     folder = save_forget_adapter(adapter, arguments.alpha, arguments.output_dir, overwrite=arguments.overwrite)
     console.print(f"Forget adapter at α = {arguments.alpha:g} written to {folder}. PEFT loads it as it is.")
-    return EXIT_OK
 
 
-def _write_model(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> int:
+def _write_model(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> None:
     base = base_of(adapter, arguments.base)
     options = {
         "revision": arguments.base_revision,
@@ -126,7 +150,7 @@ def _write_model(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> int:
             table.add_row(name, f"{size:,}")
         console.print(table)
         console.print(_needs(plan))
-        return EXIT_OK
+        return
     report = extrapolate(
         base, adapter, arguments.alpha, arguments.output_dir, overwrite=arguments.overwrite, **options
     )
@@ -135,7 +159,6 @@ def _write_model(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> int:
         f"{report.total_bytes / 1e6:,.0f} MB, realised error of the update {report.realised_error:.2e} "
         f"(worst {report.worst_error:.2e} in {report.worst_tensor})."
     )
-    return EXIT_OK
 
 
 def _needs(plan: MergePlan) -> str:

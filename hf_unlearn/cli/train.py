@@ -83,6 +83,8 @@ def run(argv: list[str]) -> int:
         stderr(f"Interrupted; a checkpoint is in {config.output_dir}. Go on with the same command and --resume.")
         return EXIT_INTERRUPTED
     if config.process_index == 0:
+        if config.push_to_hub:
+            console.print(f"Forget adapter at α = {config.alpha:g} uploaded to {config.hub_model_id}.")
         console.print(_next_step(arguments, config))
     return EXIT_OK
 
@@ -162,6 +164,7 @@ def _check_arguments(arguments: TrainArguments, config: UnlearningConfig, model:
         )
     if arguments.rounds != 1:
         check_rounds(arguments.rounds, arguments.round_alpha)
+        refuse_idle(config, ["push_to_hub"], "with --rounds; upload the result with `hf-unlearn push`")
         if model.load_in_4bit or model.load_in_8bit:
             raise UnlearningError(QUANTISED)
         check_rounds_cache(config)
@@ -250,4 +253,5 @@ class _Interrupt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.requested:
+            args.push_to_hub = False  # not what is half trained
             control.should_save = control.should_training_stop = True

@@ -19,7 +19,7 @@ from hf_unlearn.cli.train_options import LoraModelConfig, TrainArguments
 from hf_unlearn.data import DataReport
 from hf_unlearn.data.pairing import PairedDataset
 from hf_unlearn.data.sampling import SHARDED, planned_retain_set
-from hf_unlearn.errors import UnlearningError
+from hf_unlearn.errors import UnlearningError, explaining
 from hf_unlearn.trainer import UnlearningConfig
 from hf_unlearn.trainer.baselines import METHODS
 from hf_unlearn.trainer.memory import Launch, MemoryEstimate, estimate_memory
@@ -75,7 +75,7 @@ def _plan(
     steps_an_epoch = math.ceil(report.forget.rows / forget_rows_a_step)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.num_train_epochs)
     retain_rows = config.retain_per_forget if report.retain else 0
-    base = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+    base = _config_of(model)
     memory = _planned_memory(base, config, model, report, launch)
     planned_steps = f"{steps} ({steps_an_epoch} an epoch)"
     rounds = {}
@@ -98,6 +98,13 @@ def _plan(
         **rounds,
     }
     return "\n".join(f"{label + ':':<18}{value}" for label, value in lines.items())
+
+
+def _config_of(model: LoraModelConfig) -> PretrainedConfig:
+    with explaining(
+        f"The model {model.model_name_or_path} has no configuration that can be read", "Check its folder or name."
+    ):
+        return AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
 
 
 def _planned_adapter(config: UnlearningConfig, model: LoraModelConfig, memory: MemoryEstimate) -> str:

@@ -79,7 +79,7 @@ class AlternateAnswers:
         if column not in rows.column_names:
             raise UnlearningError(
                 f"`alternate_column` names {column!r}, which the forget set does not have; it has "
-                f"{', '.join(rows.column_names)}."
+                f"{', '.join(rows.column_names)}. Name one of these."
             )
         values = rows[column][:]
         answers = [_checked_answers(values[index], column, index) for index in forget["row"][:]]

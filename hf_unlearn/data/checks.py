@@ -182,7 +182,7 @@ def check_sets(
 def raise_for_untrainable(report: DataReport) -> None:
     """
     Refuse sets that would leave something in the model without a word: a forget row that is not trained on, or a retain
-    set of which nothing is left.
+    set of which nothing is left, or nothing but forget rows.
 
     Args:
         report (`DataReport`):
@@ -197,6 +197,11 @@ def raise_for_untrainable(report: DataReport) -> None:
         )
     if retain is not None and len(retain.untrainable_rows) == retain.rows:
         raise UnlearningError(f"No row of the retain set can be trained on: {_reasons(retain)}. {remedy}")
+    if retain is not None and len(set(dict(report.shared_rows).values())) == retain.rows - len(retain.duplicate_rows):
+        raise UnlearningError(
+            "Every row of the retain set also stands in the forget set, so nothing would be held in place but what has "
+            "to go. Pass other rows as the retain set."
+        )
 
 
 def drop_untrainable(dataset: datasets.Dataset) -> datasets.Dataset:

@@ -218,7 +218,7 @@ def _read_config(folder: Path) -> PeftConfig:
             f"{folder / ADAPTER_CONFIG_FILE} cannot be read: {error}. Save the adapter again with PEFT."
         ) from error
     unknown = sorted(key for key, value in content.items() if value and not hasattr(config, key))
-    if unknown:
+    if unknown and isinstance(config, LoraConfig):  # of any other kind it is refused as such
         raise UnlearningError(
             f"`{unknown[0]}` in {folder / ADAPTER_CONFIG_FILE} is unknown to the installed PEFT, so the update may not "
             "be s * B @ A. Install the PEFT that wrote the adapter, or leave the option at its default."

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.trainer_utils import HubStrategy
+
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.trainer.unlearning_config import UnlearningConfig
 
@@ -34,6 +36,10 @@ class ExtrapolationConfig(UnlearningConfig):
         probe_steps (`int`, *optional*, defaults to `0`):
             Optimiser steps between two probes: the forget and retain loss of the current batch at −α, measured by
             rescaling the live adapter. `0` turns it off.
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Whether to upload the forget adapter at `alpha` to `hub_model_id` once training has ended, into a private
+            repository unless `hub_private_repo=False`. Nothing else is ever uploaded. Token and namespace are checked
+            before training.
 
         > Options shared by all methods, see [`UnlearningConfig`]
     """
@@ -69,6 +75,16 @@ class ExtrapolationConfig(UnlearningConfig):
             "measured by rescaling the live adapter. `0` turns it off."
         },
     )
+    push_to_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to upload the forget adapter at `alpha` to `hub_model_id` once training has ended, into a "
+            "private repository unless `hub_private_repo=False`. Nothing else is ever uploaded. Token and namespace are "
+            "checked before training."
+        },
+    )
+
+    pushes_result = True
 
     def _check_values(self) -> None:
         super()._check_values()
@@ -82,6 +98,13 @@ class ExtrapolationConfig(UnlearningConfig):
                 raise UnlearningError(f"{name}={value} is not possible: it must be a finite number above 0.")
         if self.probe_steps < 0:
             raise UnlearningError(f"probe_steps={self.probe_steps} is not possible. Use 0 to turn the probe off.")
+        if self.push_to_hub and not self.hub_model_id:
+            raise UnlearningError("push_to_hub needs a repository. Name it with hub_model_id, e.g. me/forgetful.")
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise UnlearningError(
+                f"hub_strategy={self.hub_strategy.value!r} would upload checkpoints, and those hold what is to be "
+                "forgotten. Leave it out: the forget adapter is uploaded at the end."
+            )
 
     @property
     def needs_forget_reference(self) -> bool:

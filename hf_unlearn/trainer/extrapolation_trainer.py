@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput
 
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.adapter import LoraAdapter, save_forget_adapter
 from hf_unlearn.extrapolation.live import MAX_SHARD_SIZE, extrapolated, is_sharded, save_live_forget_model
 from hf_unlearn.extrapolation.provenance import secret_note
 from hf_unlearn.extrapolation.sharded import failing_together, save_sharded_forget_model
+from hf_unlearn.hub import HubPush, HubRepository, PushError
+from hf_unlearn.hub.contents import base_on_hub
 from hf_unlearn.lm_head import LMHead
 from hf_unlearn.losses import cross_entropy, npo_memorization
 from hf_unlearn.trainer.batch import ForgetTokens, MicroBatch
@@ -57,6 +64,13 @@ class ExtrapolationTrainer(UnlearningTrainer):
     forget_loss_name = "memorization_loss"
     saved_note = secret_note("Memorising adapter")
 
+    def __init__(
+        self, model: str | PreTrainedModel, args: ExtrapolationConfig | None = None, *sets: Any, **options: Any
+    ) -> None:
+        if isinstance(args, ExtrapolationConfig) and args.push_to_hub:
+            _check_push(model, args)
+        super().__init__(model, args, *sets, **options)
+
     @property
     def forget_temperature(self) -> float:
         return self.args.memorization_temperature
@@ -83,13 +97,6 @@ class ExtrapolationTrainer(UnlearningTrainer):
         self._add_to_logs(probe_forget_loss=forget, probe_retain_loss=retain)
 
     # ---- After training ----
-
-    def push_to_hub(self, *args, **kwargs) -> None:
-        """Refused: it would upload the adapter that memorised what is to be forgotten."""
-        raise UnlearningError(
-            "`push_to_hub` would upload the memorising adapter. Write the result with save_forget_model or "
-            "save_forget_adapter and upload that folder."
-        )
 
     @contextmanager
     def extrapolated(self, alpha: float | None = None) -> Iterator[PeftModel]:
@@ -157,6 +164,93 @@ class ExtrapolationTrainer(UnlearningTrainer):
                 save_forget_adapter(adapter, alpha, output_dir, overwrite=overwrite)
         return Path(output_dir)
 
+    # ---- The Hub: the result is uploaded, the memorising adapter never ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing: there is no result to upload yet."""
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        """Train; with `push_to_hub`, save the memorising adapter in `output_dir` and upload the forget adapter."""
+        output = super().train(*args, **kwargs)
+        if self.args.push_to_hub:
+            self.save_model()  # stays here, whatever the Hub answers
+            self.push_to_hub()
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the memorising adapter, whole, whatever the layout of the processes. Every process has to call it."""
+        super().save_model(output_dir, _internal_call=True)  # the call of a user would upload
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: a checkpoint is a memorising adapter."""
+
+    def push_to_hub(
+        self,
+        alpha: float | None = None,
+        kind: str = "adapter",
+        repo_id: str | None = None,
+        *,
+        base_model: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        overwrite: bool = False,
+        results: str | Path | None = None,
+        forgotten: str | None = None,
+        license: str | None = None,
+        token: str | None = None,
+    ) -> str | None:
+        """
+        Upload the forget adapter or the forget model, with its card. Every process has to call it; the main process alone
+        talks to the Hub. Where that fails, the folder to upload stays in `output_dir`.
+
+        Args:
+            alpha (`float`, *optional*, defaults to `args.alpha`): Extrapolation strength.
+            kind (`str`, *optional*, defaults to `"adapter"`): `"adapter"` or `"model"`.
+            repo_id (`str`, *optional*, defaults to `args.hub_model_id`): Repository.
+            base_model (`str`, *optional*): Hub id of the base; needed where it was loaded from a folder.
+            revision (`str`, *optional*, defaults to `args.hub_revision`): Branch.
+            private (`bool`, *optional*): Whether the repository has to be private; it has to, unless
+                `args.hub_private_repo=False`.
+            overwrite (`bool`, *optional*, defaults to `False`): Whether the repository may hold files already.
+            results (`str` or `Path`, *optional*): Evaluation for the card: `evaluation.json` or its folder.
+            forgotten (`str`, *optional*): What was forgotten, in words for the card. Never the rows.
+            license (`str`, *optional*): Licence for the card; that of the base if not given and known.
+            token (`str`, *optional*, defaults to `args.hub_token`): Token.
+
+        Returns:
+            `str`: address of the repository; `None` on all but the main process.
+        """
+        if kind not in ("adapter", "model"):
+            raise UnlearningError(f"kind={kind!r} is not known. Use 'adapter' or 'model'.")
+        repo_id = repo_id or self.args.hub_model_id
+        if not repo_id:
+            raise UnlearningError("push_to_hub needs a repository. Name it with repo_id, e.g. me/forgetful.")
+        options = {
+            "base_model": base_model,
+            "revision": revision or self.args.hub_revision,
+            "private": self.args.hub_private_repo is not False if private is None else private,
+            "overwrite": overwrite,
+            "results": results,
+            "forgotten": forgotten,
+            "license": license,
+            "token": token or self.args.hub_token,
+        }
+        folder = Path(self.args.output_dir) / f"forget-{kind}-to-push"
+        save = self.save_forget_adapter if kind == "adapter" else self.save_forget_model
+        save(folder, alpha, overwrite=True)
+        url = failure = None
+        with failing_together():
+            if self.is_world_process_zero():
+                try:
+                    url = HubPush(repo_id, **{kind: folder}, **options).push()
+                    shutil.rmtree(folder)
+                except PushError as error:
+                    failure = str(error)
+        failure = broadcast_object_list([failure])[0]
+        if failure is not None:
+            raise PushError(failure)
+        return url
+
     @contextmanager
     def _saved_adapter(self) -> Iterator[LoraAdapter | None]:
         """The live adapter as a file for the time of the context, on the main process."""
@@ -168,3 +262,15 @@ class ExtrapolationTrainer(UnlearningTrainer):
                     adapter = LoraAdapter.load(folder)
                     adapter.id = str(self.args.output_dir)  # where the trainer keeps it
             yield adapter
+
+
+def _check_push(model: str | PreTrainedModel, args: ExtrapolationConfig) -> None:
+    """Check before anything is loaded that the result can be uploaded: base, token, namespace and repository."""
+    with failing_together():
+        if isinstance(model, str):
+            base_on_hub({"id": model, "revision": None if Path(model).exists() else "known once it is loaded"})
+        else:
+            base_on_hub({"id": model.config._name_or_path, "revision": getattr(model.config, "_commit_hash", None)})
+        if args.process_index == 0:
+            private = args.hub_private_repo is not False
+            HubRepository.check(args.hub_model_id, private=private, revision=args.hub_revision, token=args.hub_token)

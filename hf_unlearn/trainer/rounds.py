@@ -96,6 +96,10 @@ def train_in_rounds(
     if options.get("quantization_config") is not None:
         raise UnlearningError(QUANTISED)
     check_rounds_cache(args)
+    if args.push_to_hub:
+        raise UnlearningError(
+            "push_to_hub is not possible with rounds: it would upload each. Upload the result with `hf-unlearn push`."
+        )
     is_main = args.process_index == 0
     plan = [None]
     with failing_together():

@@ -17,7 +17,7 @@ from hf_unlearn.data.hard import paraphrased_rows, wrong_answer_rows
 from hf_unlearn.data.loading import load_rows
 from hf_unlearn.data.sampling import SHARDED, Sampling, sample_retain_set
 from hf_unlearn.data.tokenization import encode_set, tokenize_rows
-from hf_unlearn.errors import UnlearningError
+from hf_unlearn.errors import UnlearningError, explaining
 from hf_unlearn.extrapolation.fingerprint import is_quantised
 from hf_unlearn.quantisation import use_training_kernels
 from hf_unlearn.trainer.unlearning_config import UnlearningConfig
@@ -171,4 +171,5 @@ def load_reference(
         options["device_map"] = None
     args = copy.copy(args)
     args.model_init_kwargs = None  # they have been used
-    return create_model_from_path(model, **options), args
+    with explaining(f"The model {model} cannot be loaded", "Check its folder or name."):
+        return create_model_from_path(model, **options), args

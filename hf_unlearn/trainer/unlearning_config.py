@@ -166,6 +166,7 @@ class UnlearningConfig(SFTConfig):
     )
 
     train_all_weights = False  # an option of some methods; the others train an adapter
+    pushes_result = False  # whether `push_to_hub` uploads a result, and nothing before there is one
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -261,7 +262,7 @@ class UnlearningConfig(SFTConfig):
                 "its workers would not see the new pairing of each epoch; set it to False",
             ),
             "push_to_hub": (
-                self.push_to_hub,
+                self.push_to_hub and not self.pushes_result,
                 "it would upload every checkpoint, and those hold what is to be forgotten; train without it, then "
                 "upload the folder written by save_forget_model or save_forget_adapter",
             ),

@@ -29,7 +29,7 @@ from trl import SFTTrainer
 from hf_unlearn.data.checks import data_hash, drop_untrainable
 from hf_unlearn.data.pairing import PairCollator, PairedDataset
 from hf_unlearn.data.sampling import write_rows
-from hf_unlearn.errors import UnlearningError
+from hf_unlearn.errors import UnlearningError, explaining
 from hf_unlearn.extrapolation.fingerprint import fingerprint_files_of, fingerprint_model, is_quantised
 from hf_unlearn.extrapolation.linearity import check_lora_config, check_target_modules
 from hf_unlearn.extrapolation.live import adapter_scale, is_sharded
@@ -175,17 +175,21 @@ class UnlearningTrainer(MethodHooks, AsksReference, SFTTrainer):
         self.retain_dataset = sets.retain
         self.wrong_dataset = sets.wrong
 
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=self.forget_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config,
-            peft_config=peft_config,
-        )
+        with explaining(
+            f"The model {_model_name(model)} cannot be loaded or given an adapter",
+            "Check its folder or name, and the options that the reason names.",
+        ):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=self.forget_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
+            )
         base = self.base_model
         if peft_config is not None:
             check_target_modules(base, peft_config)

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_unlearn.errors import UnlearningError
+from hf_unlearn.errors import UnlearningError, explaining
 from hf_unlearn.lm_head import LMHead
 from hf_unlearn.losses import squared_distance
 from hf_unlearn.trainer.baselines.base import BaselineConfig
@@ -166,7 +166,8 @@ def _linear_modules(model: str | PreTrainedModel, args: RMUConfig) -> list[str]:
     """Full names of the linear layers in those layers that RMU trains."""
     if isinstance(model, str):
         options = {"revision": (args.model_init_kwargs or {}).get("revision")}
-        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **options)
+        with explaining(f"The model {model} has no configuration that can be read", "Check its folder or name."):
+            config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **options)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     trained = {id(m) for part in _trained_layers(model, args.layer_of(model.config)) for m in part.modules()}
