@@ -71,6 +71,7 @@ METHODS = {
     method.name: method
     for method in (
         _rounds("rounds", "mirror-soft-full"),
+        _rounds("rounds-lambda10", "mirror-soft-lambda10"),
         _rounds("rounds-held", "mirror-half-soft-full"),
         _rounds("rounds-held-lambda10", "mirror-half-soft-lambda10"),
         _rounds("rounds-retain2", "mirror-soft-full-retain2"),

@@ -209,7 +209,7 @@ def read_retrained(source: str | Path | dict[str, Any] | None, case: Case) -> di
         case ([`Case`]): What it is compared with.
     """
     if source is None or isinstance(source, dict):
-        content = source
+        content = json.loads(json.dumps(source))  # as it is read from a file
     else:
         path = Path(source).expanduser()
         path = path / "audit.json" if path.is_dir() else path

@@ -42,7 +42,7 @@ interruption leaves the ledger as it was."""
 ADD_EXAMPLE = """\
   hf-unlearn requests add --ledger ledger --adapter run --alpha 2 --forget_dataset rows.jsonl --note "ticket 4711"
   hf-unlearn requests add --ledger ledger --forget_dataset rows.jsonl --retain_dataset retain.jsonl --alpha 1 \\
-      --learning_rate 1e-3 --memorization_temperature 4 --retain_kl_scale -1 --measure"""
+      --learning_rate 1e-3 --measure"""
 
 LIST = "All requests of a ledger, in the order in which they were added."
 LIST_EXAMPLE = "  hf-unlearn requests list --ledger ledger --json"

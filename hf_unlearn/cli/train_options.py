@@ -23,7 +23,7 @@ the result; `--method NAME --help` explains its options."""
 EXAMPLE = """\
   hf-unlearn train --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \\
       --forget_dataset people/forget --retain_dataset people/retain \\
-      --learning_rate 1e-3 --memorization_temperature 4 --retain_kl_scale -1 --output_dir run
+      --learning_rate 1e-3 --output_dir run
   hf-unlearn train --config recipes/people/train.yaml --dry_run"""
 
 SHOWN = {

@@ -115,7 +115,7 @@ class HubPush:
             repository.upload(self.files(repository.id, self.base_info()), message)
         except PushError as error:
             raise PushError(
-                f"Not uploaded to {error}\nNothing has changed in {folders}. Go on with:\n  {self.command()}"
+                f"Not uploaded. {error}\nNothing has changed in {folders}. Go on with:\n  {self.command()}"
             ) from error
         return repository.url
 

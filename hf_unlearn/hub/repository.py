@@ -167,7 +167,7 @@ def check_token(api: HfApi) -> dict[str, Any]:
     """Who the token belongs to; raise where there is none or it can only read."""
     if not (api.token or get_token()):
         raise UnlearningError("There is no token for the Hub. Log in with `hf auth login`, or set HF_TOKEN.")
-    with plain_errors(api, "the account"):
+    with plain_errors(api, "The user of the token"):
         user = api.whoami()
     role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
     if role == "read":

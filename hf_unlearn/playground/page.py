@@ -56,7 +56,7 @@ def build_page(
                     with gr.Column(scale=1, min_width=110):
                         ask = gr.Button("Ask", variant="primary", elem_id="ask")
                         stop = gr.Button("Stop")
-                slider = gr.Slider(0, max_alpha, value=alpha, step=0.05, label="α", elem_id="alpha", buttons=[])
+                slider = gr.Slider(0, max_alpha, value=alpha, step=0.025, label="α", elem_id="alpha", buttons=[])
                 gr.HTML(f'<div class="legend">Probability of each token: {legend_html()}</div>')
                 with gr.Row():
                     with gr.Column(min_width=300):

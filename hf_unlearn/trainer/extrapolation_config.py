@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers.trainer_utils import HubStrategy
@@ -13,6 +13,7 @@ from hf_unlearn.trainer.unlearning_config import UnlearningConfig
 
 
 MEMORIZATION_LOSSES = ("nll", "npo")
+PRESETS = {"paper": {"memorization_temperature": 1.0, "retain_kl_scale": 1.0, "retain_kl_weight": 1.0}}
 
 
 @dataclass
@@ -20,7 +21,13 @@ class ExtrapolationConfig(UnlearningConfig):
     """
     Configuration of [`ExtrapolationTrainer`]: memorise the forget set, then walk the other way.
 
+    The defaults of the loss are those that forget most at equal utility in the study (docs/study.md); the paper's are
+    `preset="paper"`.
+
     Args:
+        preset (`str`, *optional*):
+            `"paper"` gives `memorization_temperature`, `retain_kl_scale` and `retain_kl_weight`, where they are at their
+            defaults, the value 1, as in arXiv 2602.06441.
         alpha (`float`, *optional*, defaults to `4.0`):
             Extrapolation strength α of θ_for = (1 + α)·θ_ref − α·θ_mem that is used where none is given: by the probe
             during training and by the `save_forget_*` methods. It changes nothing in training; any other α can be
@@ -28,9 +35,16 @@ class ExtrapolationConfig(UnlearningConfig):
         memorization_loss (`str`, *optional*, defaults to `"nll"`):
             Loss that memorises the forget set. `"nll"` is the cross-entropy of the answer tokens (the paper's), `"npo"`
             the NPO form 2/β·log σ(−β·log(p_θ/p_ref)) of each row.
-        memorization_temperature (`float`, *optional*, defaults to `1.0`):
+        memorization_temperature (`float`, *optional*, defaults to `4.0`):
             Temperature τ of the softmax in the memorisation loss. Above 1 the gradient does not vanish on rows that the
             model already knows.
+        retain_kl_weight (`float`, *optional*, defaults to `5.0`):
+            Weight λ of the retain term, KL(reference ‖ model) over the answer tokens of the retain rows. `0` leaves it
+            out.
+        retain_kl_scale (`float`, *optional*, defaults to `-1.0`):
+            Where the retain term is measured: with the adapter multiplied by this. `-1` (mirror consistency) holds
+            θ_ref − ΔW, on whose side the forget model lies, to the reference on the retain rows; `1` (the paper) holds
+            the trained model.
         npo_beta (`float`, *optional*, defaults to `0.1`):
             Inverse temperature β of `memorization_loss="npo"`.
         probe_steps (`int`, *optional*, defaults to `0`):
@@ -44,6 +58,14 @@ class ExtrapolationConfig(UnlearningConfig):
         > Options shared by all methods, see [`UnlearningConfig`]
     """
 
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": '`"paper"` gives `memorization_temperature`, `retain_kl_scale` and `retain_kl_weight`, where they are '
+            "at their defaults, the value 1, as in arXiv 2602.06441.",
+            "choices": list(PRESETS),
+        },
+    )
     alpha: float = field(
         default=4.0,
         metadata={
@@ -60,8 +82,23 @@ class ExtrapolationConfig(UnlearningConfig):
             "choices": list(MEMORIZATION_LOSSES),
         },
     )
+    retain_kl_weight: float = field(
+        default=5.0,
+        metadata={
+            "help": "Weight λ of the retain term, KL(reference ‖ model) over the answer tokens of the retain rows. `0` "
+            "leaves it out."
+        },
+    )
+    retain_kl_scale: float = field(
+        default=-1.0,
+        metadata={
+            "help": "Where the retain term is measured: with the adapter multiplied by this. `-1` (mirror consistency) "
+            "holds θ_ref − ΔW, on whose side the forget model lies, to the reference on the retain rows; `1` (the paper) "
+            "holds the trained model."
+        },
+    )
     memorization_temperature: float = field(
-        default=1.0,
+        default=4.0,
         metadata={
             "help": "Temperature τ of the softmax in the memorisation loss. Above 1 the gradient does not vanish on "
             "rows that the model already knows."
@@ -85,6 +122,20 @@ class ExtrapolationConfig(UnlearningConfig):
     )
 
     pushes_result = True
+
+    def __post_init__(self) -> None:
+        self._apply_preset()
+        super().__post_init__()
+
+    def _apply_preset(self) -> None:
+        if self.preset is None:
+            return
+        if self.preset not in PRESETS:
+            raise UnlearningError(f"preset={self.preset!r} is not known. Use one of {', '.join(PRESETS)}, or none.")
+        defaults = {option.name: option.default for option in fields(self)}
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) == defaults[name]:
+                setattr(self, name, value)
 
     def _check_values(self) -> None:
         super()._check_values()

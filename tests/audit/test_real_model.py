@@ -28,21 +28,15 @@ def test_a_model_that_never_knew():
     model, tokenizer = load_model("smollm2")
     before = digest(model)
     options = AuditOptions(
-        attacks=("relearning", "prefix", "system_prompt"),
-        relearn_steps=2,
-        relearn_learning_rate=1e-3,
-        prefix_shares=(0.5,),
-        max_new_tokens=12,
+        attacks=("relearning", "system_prompt"), relearn_steps=1, relearn_learning_rate=1e-3, max_new_tokens=8
     )
     sets = {name: f"people/{name}" for name in ("forget", "retain", "holdout")}
-    found = audit(model, tokenizer, sets["forget"], sets["retain"], holdout=sets["holdout"], options=options, limit=3)
+    found = audit(model, tokenizer, sets["forget"], sets["retain"], holdout=sets["holdout"], options=options, limit=2)
     assert digest(model) == before
     verdicts = {name: finding.verdict for name, finding in found.findings.items()}
-    print(verdicts)
     assert "not run" not in verdicts.values() and verdicts["direct"] != "leaks"
     steps = {each.x: each for each in found.findings["relearning"].measurements if each.set == "trained on"}
     learned = {step: each.figure("probability").value for step, each in steps.items()}
-    assert list(learned) == [0, 1, 2] and learned[2] > learned[0]
-    prefix = next(each for each in found.findings["prefix"].measurements if each.set == "forget")
-    direct = found.findings["direct"].measurements[0]
-    assert prefix.figure("probability").value > 0 and len(prefix.answers) == len(direct.answers) == 3
+    assert list(learned) == [0, 1] and learned[1] > learned[0]
+    asked = [each for each in found.findings["system_prompt"].measurements if each.variant == "system turn"]
+    assert [(each.set, len(each.answers)) for each in asked] == [("forget", 2), ("holdout", 2)]

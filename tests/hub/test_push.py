@@ -6,10 +6,13 @@ import json
 import shlex
 
 import pytest
+import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
+from peft import PeftModel
 from results import ALPHA, BASE, COMMIT, MARKER, with_hub_base, write_results
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from upload_hub import TOKEN, Repository
 
 from hf_unlearn.errors import UnlearningError
@@ -85,6 +88,25 @@ class TestUpload:
             name for name in files if "adapter" in name
         }
         assert json.loads(files["adapter/adapter_config.json"])["base_model_name_or_path"] == BASE
+
+    def test_what_arrived_loads_and_is_the_result(self, hub, model, adapter, results, tmp_path):
+        HubPush(REPOSITORY, model=model, adapter=adapter).push()
+        for name, content in hub.files(REPOSITORY).items():
+            path = tmp_path / "download" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        ids = torch.tensor([[5, 9, 17, 33]])
+        base, forgetful = (
+            AutoModelForCausalLM.from_pretrained(folder) for folder in (results["base"], tmp_path / "download")
+        )
+        adapted = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(results["base"]), tmp_path / "download", subfolder="adapter"
+        )
+        with torch.no_grad():
+            before, merged, live = (network(ids).logits for network in (base, forgetful, adapted))
+        torch.testing.assert_close(live, merged, atol=1e-4, rtol=1e-4)
+        assert (merged - before).abs().max() > 0.1
+        assert AutoTokenizer.from_pretrained(tmp_path / "download").decode([5]) == "w5"
 
     def test_the_base_is_asked_for_its_licence(self, hub, model):
         hub.repositories[BASE].branches[COMMIT] = {}

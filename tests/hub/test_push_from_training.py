@@ -125,7 +125,7 @@ class TestAtTheEnd:
         variables = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)]
         done = subprocess.run(
-            [sys.executable, *launch], env=os.environ | variables, capture_output=True, text=True, timeout=300
+            [sys.executable, *launch], env=os.environ | variables, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert hub.requests.count("whoami") == 4  # before training and at each of three uploads

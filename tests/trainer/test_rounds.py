@@ -27,6 +27,7 @@ WEIGHTS = "adapter_model.safetensors"
 def config(output_dir: Path, **options) -> ExtrapolationConfig:
     defaults = {
         "output_dir": str(output_dir),
+        "preset": "paper",
         "per_device_train_batch_size": 6,
         "num_train_epochs": 4,
         "learning_rate": 1e-2,

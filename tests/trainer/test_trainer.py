@@ -121,6 +121,7 @@ class TestConstruction:
             {"alpha": 0.0},
             {"alpha": math.nan},
             {"memorization_temperature": 0.0},
+            {"preset": "book"},
             {"memorization_loss": "ascent"},
             {"npo_beta": -1.0},
             {"probe_steps": -1},
@@ -318,5 +319,5 @@ class TestExtrapolation:
         record = json.loads((tmp_path / "memorising" / "unlearning.json").read_text())
         assert record["method"] == "model-extrapolation"
         assert record["base"]["fingerprint"]["dtype"] == "float32"
-        assert record["training"]["memorization_temperature"] == 1.0
+        assert record["training"]["memorization_temperature"] == 4.0
         assert "keep it private" in (tmp_path / "memorising" / "README.md").read_text()

@@ -15,16 +15,19 @@ from hf_unlearn.errors import UnlearningError
 from hf_unlearn.losses import targeted_memorization
 from hf_unlearn.trainer.baselines.preference import AlternateOptions
 from hf_unlearn.trainer.batch import ForgetTokens
-from hf_unlearn.trainer.extrapolation_config import ExtrapolationConfig
+from hf_unlearn.trainer.extrapolation_config import PRESETS, ExtrapolationConfig
 from hf_unlearn.trainer.extrapolation_trainer import ExtrapolationTrainer
 
 
 @dataclass
 class TargetedConfig(AlternateOptions, ExtrapolationConfig):
     """
-    Configuration of [`TargetedTrainer`].
+    Configuration of [`TargetedTrainer`]. Its preset is the paper's unless told otherwise.
 
     Args:
+        preset (`str`, *optional*, defaults to `"paper"`):
+            `"paper"` gives `memorization_temperature`, `retain_kl_scale` and `retain_kl_weight`, where they are at their
+            defaults, the value 1, as in arXiv 2602.06441.
         target_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the other answers' cross-entropy, which is maximised.
 
@@ -33,6 +36,14 @@ class TargetedConfig(AlternateOptions, ExtrapolationConfig):
         > Options of model extrapolation, see [`ExtrapolationConfig`]
     """
 
+    preset: str | None = field(
+        default="paper",
+        metadata={
+            "help": '`"paper"` gives `memorization_temperature`, `retain_kl_scale` and `retain_kl_weight`, where they are '
+            "at their defaults, the value 1, as in arXiv 2602.06441.",
+            "choices": list(PRESETS),
+        },
+    )
     target_weight: float = field(
         default=1.0, metadata={"help": "Weight of the other answers' cross-entropy, which is maximised."}
     )

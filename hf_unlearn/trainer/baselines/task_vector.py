@@ -17,11 +17,16 @@ class TaskVectorConfig(ExtrapolationConfig):
     Args:
         retain_kl_weight (`float`, *optional*, defaults to `0.0`):
             Not used by this method.
+        memorization_temperature (`float`, *optional*, defaults to `1.0`):
+            Temperature τ of the softmax in the memorisation loss.
 
         > Options of model extrapolation, see [`ExtrapolationConfig`]
     """
 
     retain_kl_weight: float = field(default=0.0, metadata={"help": "Not used by this method."})
+    memorization_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature τ of the softmax in the memorisation loss."}
+    )
 
     def _check_values(self) -> None:
         super()._check_values()
