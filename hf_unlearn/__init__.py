@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from hf_unlearn import logging
+
 
 __version__ = "0.1.0"
 
@@ -79,6 +81,7 @@ __all__ = [
     "extrapolate",
     "generate_answers",
     "load_rows",
+    "logging",
     "read_log",
     "sample_retain_set",
     "save_forget_adapter",

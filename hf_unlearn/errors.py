@@ -1,9 +1,11 @@
-"""The one exception of this package."""
+"""The one exception of this package, and what turns the failures of others into it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -33,3 +35,11 @@ def explaining(what: str, remedy: str) -> Iterator[None]:
     except (ValueError, OSError, SafetensorError) as error:
         reason = str(error).rstrip(".")
         raise UnlearningError(f"{what}: {reason}. {remedy}") from error
+
+
+def parse_json(content: str | bytes) -> Any:
+    """`json.loads`, which raises a `ValueError` for what is nested too deeply as well."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error

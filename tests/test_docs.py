@@ -16,6 +16,7 @@ from hf_unlearn.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXI
 from hf_unlearn.cli.audit import AuditArguments
 from hf_unlearn.cli.combine import CombineArguments
 from hf_unlearn.cli.common import _own_fields
+from hf_unlearn.cli.completion import CompletionArguments
 from hf_unlearn.cli.eval import EvalArguments
 from hf_unlearn.cli.export import ExportArguments
 from hf_unlearn.cli.extrapolate import ExtrapolateArguments
@@ -36,7 +37,7 @@ from hf_unlearn.trainer import ExtrapolationConfig
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "recipes" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "recipes" / "README.md"]
 OPTIONS = {
     "quickstart": [QuickstartArguments],
     "sample": [SampleArguments],
@@ -47,6 +48,7 @@ OPTIONS = {
     "extrapolate": [ExtrapolateArguments],
     "export": [ExportArguments],
     "combine": [CombineArguments],
+    "completion": [CompletionArguments],
     "push": [PushArguments],
     "playground": [PlaygroundArguments],
     "requests": [kind for _, kind, _, _ in ACTIONS.values()],
@@ -56,6 +58,7 @@ PAGE_OF = {
     "combine": "operators",
     "push": "hub",
     "export": "serving",
+    "completion": "conventions",
 }  # command: its page, where that has another name
 OPTION_ROW = re.compile(r"^\| `--(?P<name>\w+)` \| (?P<default>[^|]+) \|", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")
@@ -174,8 +177,8 @@ class TestLinks:
 
     def test_every_page_is_in_the_index(self):
         index = read(ROOT / "docs" / "index.md")
-        for page in (ROOT / "docs").glob("*.md"):
-            assert page.name == "index.md" or f"({page.name})" in index
+        for page in (ROOT / "docs").rglob("*.md"):
+            assert page.name == "index.md" or f"({page.relative_to(ROOT / 'docs').as_posix()})" in index
 
 
 class TestExamples:

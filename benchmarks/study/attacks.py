@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import datasets
 import torch
-from measure import MIN_UTILITY, ROUND_ALPHA, Target, point, train, write
+from measure import MIN_UTILITY, Target, point, train, write
 from methods import METHODS, Method
 from peft import LoraConfig
 from run import RESULTS
@@ -80,22 +79,11 @@ def models_at(
 ) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The unlearned model, and the target walked as far the other way: θ_ref + (θ_ref − θ_for)."""
     method, seed = METHODS[result["method"]], result["seed"]
-    if method.kind == "rounds":
-        parts = steps_walked(work / f"{method.name}-{seed}", strength)
-    elif method.kind == "baseline":
-        parts = [(trained_again(prepared, method, result, int(strength)), -1.0)]
-    else:
-        parts = [(LoraAdapter.load(work / f"{method.name}-{seed}"), strength)]
-    return moved(prepared, parts, -1.0), moved(prepared, parts, 1.0)
-
-
-def steps_walked(folder: Path, strength: float) -> list[tuple[LoraAdapter, float]]:
-    """The adapters of the rounds up to `strength`, and how far each is walked."""
-    parts = []
-    for number in range(math.ceil(strength / ROUND_ALPHA)):
-        left = min(ROUND_ALPHA, strength - number * ROUND_ALPHA)
-        parts.append((LoraAdapter.load(folder / f"round-{number + 1}"), left))
-    return parts
+    if method.kind == "baseline":
+        adapter = trained_again(prepared, method, result, int(strength))
+        return moved(prepared, adapter, 1.0), moved(prepared, adapter, -1.0)
+    adapter = LoraAdapter.load(work / f"{method.name}-{seed}")
+    return moved(prepared, adapter, -strength), moved(prepared, adapter, strength)
 
 
 def trained_again(prepared: Prepared, method: Method, result: dict[str, Any], steps: int) -> LoraAdapter:
@@ -112,12 +100,11 @@ def trained_again(prepared: Prepared, method: Method, result: dict[str, Any], st
 
 
 @torch.no_grad()
-def moved(prepared: Prepared, parts: list[tuple[LoraAdapter, float]], sign: float) -> PreTrainedModel:
-    """The target plus `sign` times the updates of adapters, each with its own factor."""
+def moved(prepared: Prepared, adapter: LoraAdapter, scale: float) -> PreTrainedModel:
+    """The target plus `scale` times the update of an adapter."""
     model = prepared.load_target()
-    for adapter, factor in parts:
-        for module in adapter.modules:
-            model.get_submodule(module).weight.add_(adapter.delta(module), alpha=sign * factor)
+    for module in adapter.modules:
+        model.get_submodule(module).weight.add_(adapter.delta(module), alpha=scale)
     return model
 
 

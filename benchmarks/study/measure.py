@@ -45,7 +45,8 @@ MIN_UTILITY = 0.98
 BROKEN = 0.7  # share of the target's utility below which a sweep ends
 ALPHAS = (1.0, 2.0, 4.0, 8.0)
 REFINEMENTS = 3
-ROUNDS, ROUND_ALPHA = 6, 0.5
+ROUNDS, ROUND_ALPHA = 4, 0.5
+ALPHAS_OF_ROUNDS = (0.5, 0.75, 1.0, 1.25, 1.5)  # of the sum of all rounds
 STEPS = (8, 16, 32, 50, 75, 100, 150, 200, 250)  # of a baseline
 COLLAPSED = 0.3  # share below which a baseline does not come back
 RULES = ("match-retrain", "match-holdout", "utility-budget")
@@ -200,22 +201,24 @@ def run(prepared: Prepared, target: Target, method: Method, seed: int, work: Pat
     result: dict[str, Any] = {"method": method.name, "setting": prepared.setting.name, "seed": seed}
     if method.kind == "baseline":
         return result | _run_baseline(prepared, target, method, seed, work)
-    if method.kind == "rounds":
-        return result | _run_rounds(prepared, target, METHODS[method.of], seed, work / f"{method.name}-{seed}")
+    adapter = work / f"{method.name}-{seed}"
     if method.kind == "operator":
         adapter, facts = _combined(prepared, method, seed, work)
+    elif method.kind == "rounds":
+        facts = _train_rounds(prepared, METHODS[method.of], seed, adapter)
     else:
-        adapter = work / f"{method.name}-{seed}"
         facts = train(prepared, method, seed, adapter)
     model = PeftModel.from_pretrained(prepared.load_target(), adapter) if isinstance(adapter, Path) else adapter
     start = time.perf_counter()
-    points, rules = sweep(prepared, target, model)
+    points, rules = sweep(prepared, target, model, ALPHAS_OF_ROUNDS if method.kind == "rounds" else ALPHAS)
     if isinstance(adapter, Path):
         facts["delta_norm"] = _norm(adapter)
     return result | facts | {"sweep_seconds": round(time.perf_counter() - start, 1), "points": points, "rules": rules}
 
 
-def sweep(prepared: Prepared, target: Target, model: Any) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def sweep(
+    prepared: Prepared, target: Target, model: Any, alphas: tuple[float, ...] = ALPHAS
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Points along α, closest where the utility leaves the budget, and the one of them that each rule chooses."""
     evaluator = prepared.evaluator(model) if isinstance(model, PeftModel) else model
     points: dict[float, dict[str, Any]] = {}
@@ -225,7 +228,7 @@ def sweep(prepared: Prepared, target: Target, model: Any) -> tuple[list[dict[str
         return target.share(points[alpha])
 
     low, high = 0.0, None
-    for alpha in ALPHAS:
+    for alpha in alphas:
         left = share(alpha)
         if left >= MIN_UTILITY and high is None:
             low = alpha
@@ -236,11 +239,11 @@ def sweep(prepared: Prepared, target: Target, model: Any) -> tuple[list[dict[str
     for _ in range(REFINEMENTS if high else 0):
         middle = round((low + high) / 2, 6)
         low, high = (middle, high) if share(middle) >= MIN_UTILITY else (low, middle)
-    alphas = sorted(points)
+    measured = sorted(points)
     rules = {
-        rule: choose_alpha(evaluator, alphas, rule, min_utility=MIN_UTILITY, refinements=0).alpha for rule in RULES
+        rule: choose_alpha(evaluator, measured, rule, min_utility=MIN_UTILITY, refinements=0).alpha for rule in RULES
     }
-    return [points[alpha] for alpha in alphas], rules
+    return [points[alpha] for alpha in measured], rules
 
 
 def _run_baseline(prepared: Prepared, target: Target, method: Method, seed: int, work: Path) -> dict[str, Any]:
@@ -271,31 +274,16 @@ def best_quality(points: Iterable[dict[str, Any]], target: Target) -> float:
 # ---- Rounds ----
 
 
-def _run_rounds(prepared: Prepared, target: Target, method: Method, seed: int, work: Path) -> dict[str, Any]:
-    """Memorise, walk a short way, memorise again from there; each round trains by `method`."""
-    points: list[dict[str, Any]] = []
-    facts = {"seconds": 0.0, "steps": 0}
+def _train_rounds(prepared: Prepared, method: Method, seed: int, work: Path) -> dict[str, Any]:
+    """Memorise, walk a short way, memorise again from there; each round trains by `method`. A stopped run goes on."""
+    log = work / "rounds.json"
+    took: dict[str, list[float]] = json.loads(log.read_text()) if log.exists() else {}
 
     def train_round(trainer: ExtrapolationTrainer, number: int, checkpoint: str | None) -> None:
         start = time.process_time()
         trainer.train(resume_from_checkpoint=checkpoint)
-        facts["seconds"] = round(facts["seconds"] + time.process_time() - start, 1)
-        facts["steps"] += trainer.state.global_step
-        evaluator = prepared.evaluator(trainer.peft_model)
-
-        def walked(part: float) -> dict[str, Any]:
-            strength = (number - 1 + part) * ROUND_ALPHA
-            return point(evaluator.evaluate(part * ROUND_ALPHA), strength) | {"seconds": facts["seconds"]}
-
-        end = walked(1.0)
-        before = target.share(points[-1]) if points else 1.0
-        if target.share(end) < MIN_UTILITY <= before:
-            low, high = 0.0, 1.0
-            for _ in range(REFINEMENTS):
-                middle = (low + high) / 2
-                points.append(walked(middle))
-                low, high = (middle, high) if target.share(points[-1]) >= MIN_UTILITY else (low, middle)
-        points.append(end)
+        took[str(number)] = [time.process_time() - start, trainer.state.global_step]
+        write(log, took)
 
     train_in_rounds(
         str(prepared.target),
@@ -306,10 +294,12 @@ def _run_rounds(prepared: Prepared, target: Target, method: Method, seed: int, w
         round_alpha=ROUND_ALPHA,
         peft_config=lora(),
         processing_class=prepared.tokenizer,
+        resume=(work / "round-1" / "adapter_model.safetensors").exists(),
         overwrite=True,
         train_round=train_round,
     )
-    return facts | {"points": sorted(points, key=lambda figures: figures["strength"])}
+    seconds, steps = (sum(took[str(number + 1)][part] for number in range(ROUNDS)) for part in (0, 1))
+    return {"seconds": round(seconds, 1), "steps": int(steps)}
 
 
 # ---- Operators ----

@@ -16,8 +16,8 @@ class Method:
     Args:
         name (`str`): Its name in tables and files.
         kind (`str`): `"extrapolation"` (an adapter, swept over α), `"baseline"` (swept over the number of steps) or
-            `"operator"` (made of trained adapters, swept over α) or `"rounds"` (several adapters, each trained where the
-            one before has led to, swept over the way walked).
+            `"operator"` (made of trained adapters, swept over α) or `"rounds"` (an adapter that is the sum of
+            rounds, each trained where the one before has led to, swept over α).
         trainer (`str`): Name of the method as `hf-unlearn train --method` knows it.
         options (`dict`): Options of its configuration that differ from the setting's.
         full_batch (`bool`): Whether a step sees the whole forget set, in a quarter of the steps.

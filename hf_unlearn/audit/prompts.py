@@ -25,9 +25,7 @@ class Paraphrase(Attack):
 
     def obstacle(self, case: Case) -> str | None:
         if not self._prompts(case, "forget"):
-            return (
-                f"the forget set has no paraphrased questions. Name their column; `{PARAPHRASED}` is taken by itself"
-            )
+            return f"the forget set has no column {PARAPHRASED}. Name another with --paraphrased_questions"
         return None
 
     def notes(self, case: Case) -> list[str]:

@@ -45,7 +45,7 @@ class Quantisation(Attack):
     def notes(self, case: Case) -> list[str]:
         if is_bitsandbytes_available():
             return []
-        return ["4 bits: not run, NF4 needs bitsandbytes: `pip install hf-unlearn[quantization]`."]
+        return ["4 bits: not run, NF4 needs bitsandbytes: pip install hf-unlearn[quantization]."]
 
     def plan(self, case: Case) -> str:
         return "round the linear layers to " + " and to ".join(self._variants())

@@ -21,7 +21,7 @@ class Reverse(Attack):
 
     def obstacle(self, case: Case) -> str | None:
         if case.base is None:
-            return "it needs the model before forgetting. Name it with --base (`base`)"
+            return "it needs the model before forgetting. Name it with --base"
         return None
 
     def plan(self, case: Case) -> str:

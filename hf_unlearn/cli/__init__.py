@@ -7,7 +7,6 @@ import sys
 import traceback
 
 from hf_unlearn import __version__
-from hf_unlearn.errors import UnlearningError
 
 
 COMMANDS = {
@@ -23,6 +22,7 @@ COMMANDS = {
     "playground": "a page to look at the effect of α: both answers side by side, token by token",
     "push": "upload a forget model or forget adapter to the Hub, with its card",
     "combine": "make one direction out of memorising adapters: average, project, agree, weigh",
+    "completion": "print a script by which bash, zsh or fish completes all of this",
 }
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -68,12 +68,16 @@ def main(argv: list[str] | None = None) -> int:
     if argv[0] in ("-V", "--version"):
         print(f"hf-unlearn {__version__}")
         return EXIT_OK
+    from hf_unlearn.errors import UnlearningError  # here, as the lines above need no other package
+
     command, *arguments = argv
     if command not in COMMANDS:
         print(f"hf-unlearn: unknown command {command!r}. Choose from: {', '.join(COMMANDS)}.", file=sys.stderr)
         return EXIT_USAGE
     try:
-        return importlib.import_module(f"hf_unlearn.cli.{command}").run(arguments)
+        run = importlib.import_module(f"hf_unlearn.cli.{command}").run
+        with importlib.import_module("hf_unlearn.cli.common").json_output:
+            return run(arguments)
     except UnlearningError as error:
         print(f"hf-unlearn {command}: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -13,16 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_unlearn.audit import ATTACKS, SYSTEM_PROMPT, Audit, AuditOptions, make_case, plan_audit, run_audit, write_audit
 from hf_unlearn.audit.auditing import read_retrained
 from hf_unlearn.audit.case import Case
-from hf_unlearn.audit.report import OUTPUTS, audit_json, summary
+from hf_unlearn.audit.report import OUTPUTS, summary
 from hf_unlearn.cli import EXIT_FAILED, EXIT_OK
 from hf_unlearn.cli.common import (
     CommandParser,
     EvaluationDataArguments,
     base_of,
     console,
+    json_output,
     load_causal_lm,
     load_tokenizer,
     load_with_adapter,
+    print_plan,
     refuse_existing,
     refuse_idle,
     stderr,
@@ -94,7 +96,6 @@ class AuditArguments(EvaluationDataArguments):
         check_base (`bool`, *optional*, defaults to `True`): Whether to refuse another base than the adapter's.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing folder.
         fail_on_leak (`bool`, *optional*, defaults to `False`): Whether to exit with 1 where something leaks.
-        json (`bool`, *optional*, defaults to `False`): Whether to print audit.json.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to check and plan only.
     """
 
@@ -179,7 +180,6 @@ class AuditArguments(EvaluationDataArguments):
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace --output_dir if it exists."})
     fail_on_leak: bool = field(default=False, metadata={"help": "Exit with 1 if anything leaks."})
-    json: bool = field(default=False, metadata={"help": "Print audit.json instead of the table."})
     dry_run: bool = field(
         default=False,
         metadata={"help": "Check all but the weights, print what would be done, and what cannot and why."},
@@ -205,7 +205,7 @@ def run(argv: list[str]) -> int:
     if arguments.dry_run:
         case = _case(arguments, options, load_tokenizer(_source(arguments, adapter)), None, base, alpha)
         read_retrained(arguments.retrained_audit, case)
-        console.print(_plan(arguments, case))
+        print_plan(_plan(arguments, case))
         return EXIT_OK
     model, tokenizer = _load(arguments, adapter)
     case = _case(arguments, options, tokenizer, model, base, alpha)
@@ -213,11 +213,9 @@ def run(argv: list[str]) -> int:
     audit.facts = _facts(arguments, base, alpha)
     with atomic_folder(output_dir, arguments.overwrite) as folder:
         write_audit(folder, audit)
-    if arguments.json:
-        print(audit_json(audit), end="")
-    else:
-        console.print(verdicts(audit))
-        console.print(f"{summary(audit)} Written to {output_dir}; open {output_dir}/audit.html.")
+    console.print(verdicts(audit))
+    console.print(f"{summary(audit)} Written to {output_dir}; open {output_dir}/audit.html.")
+    json_output.report(**audit.to_dict())
     return EXIT_FAILED if arguments.fail_on_leak and audit.leaks else EXIT_OK
 
 
@@ -295,7 +293,7 @@ def _case(
         alpha=alpha,
         paraphrased_questions=arguments.paraphrased_questions,
         limit=arguments.limit,
-        progress=not arguments.json,
+        progress=True,
     )
 
 

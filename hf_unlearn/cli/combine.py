@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.table import Column, Table
 
@@ -14,8 +15,11 @@ from hf_unlearn.cli.common import (
     DataArguments,
     base_of,
     console,
+    describe_merge,
+    json_output,
     load_tokenizer,
     load_with_adapter,
+    print_plan,
     refuse_existing,
     refuse_idle,
     verified_checkpoint,
@@ -166,17 +170,20 @@ def run(argv: list[str]) -> int:
     if arguments.rank is not None and not arguments.dry_run:
         update, errors = truncate(update, arguments.rank)
     unknown = arguments.dry_run and arguments.operator == "fisher"
-    console.print(_table(sources, None if unknown else update))
+    _show(sources, None if unknown else update)
     if arguments.dry_run:
         rank = f", truncated to rank {arguments.rank}," if arguments.rank is not None else ""
-        console.print(
+        print_plan(
             f"Would write a memorising adapter{rank} to {folder}: adapter_model.safetensors, adapter_config.json, "
             "unlearning.json, README.md"
         )
         return EXIT_OK
     if errors is not None:
         console.print(_truncation(arguments.rank, errors))
+        worst = {"worst_error": errors.worst_relative, "worst_tensor": errors.worst_tensor}
+        json_output.report(truncation={"rank": arguments.rank, "realised_error": errors.relative} | worst)
     update.save(folder, arguments.overwrite)
+    json_output.report(output_dir=folder)
     console.print(
         f"Memorising adapter written to {folder}. Keep it private. Next:\n"
         f"  hf-unlearn sweep --adapter {folder} --forget_dataset FORGET --retain_dataset RETAIN --output_dir "
@@ -264,6 +271,7 @@ def _scale_by_fisher(arguments: CombineArguments, adapter: LoraAdapter) -> LowRa
     factors = fisher_factors(adapter, fisher["forget"], fisher["retain"])
     least, most = min(factors, key=factors.get), max(factors, key=factors.get)
     console.print(f"Factors of α: from {factors[least]:.3g} ({least}) to {factors[most]:.3g} ({most}).")
+    json_output.report(factors=factors)
     update = scale_layers(adapter, factors)
     update.operator |= {"name": "fisher", "fisher": fisher}
     return update
@@ -274,8 +282,8 @@ def _write_model(arguments: CombineArguments, update: SignConsensus) -> int:
     console.print("The consensus is dense: the forget model is written, in pieces. --rank writes an adapter instead.")
     if arguments.dry_run:
         plan = plan_merge(base, update, arguments.alpha, arguments.output_dir, dtype=arguments.dtype)
-        console.print(_table(update.sources, None))
-        console.print(
+        _show(update.sources, None)
+        print_plan(
             f"Would write a forget model of {plan.total_bytes / 1e6:,.1f} MB at α = {arguments.alpha:g} to "
             f"{arguments.output_dir}; {len(plan.adapted)} tensors change."
         )
@@ -283,38 +291,47 @@ def _write_model(arguments: CombineArguments, update: SignConsensus) -> int:
     report = extrapolate(
         base, update, arguments.alpha, arguments.output_dir, dtype=arguments.dtype, overwrite=arguments.overwrite
     )
-    console.print(_table(update.sources, update))
+    _show(update.sources, update)
     console.print(
         f"Forget model at α = {report.alpha:g} written to {report.output_dir}: {report.adapted_tensors} tensors changed, "
         f"realised error of the update {report.realised_error:.2e} (worst {report.worst_error:.2e} in "
         f"{report.worst_tensor})."
     )
+    json_output.report(**describe_merge(report))
     return EXIT_OK
 
 
-def _table(sources: Sequence[LoraAdapter], update: LowRankUpdate | SignConsensus | None) -> Table:
-    """Modules, rank, norm and cosines of the adapters and, where it is there, of the result."""
+def _show(sources: Sequence[LoraAdapter], update: LowRankUpdate | SignConsensus | None) -> None:
+    """Print modules, rank, norm and cosines of the adapters and, where it is there, of the result."""
     inputs = [LowRankUpdate.of(source) for source in sources]
     norms = [item.norm for item in inputs]
     headers = ["adapter", "modules", "rank", "‖ΔW‖", *(f"cos {n + 1}" for n in range(min(len(inputs), MAX_COSINES)))]
     table = Table(*(Column(title, justify="right" if n else "left") for n, title in enumerate(headers)), box=None)
 
-    def row(name: str, item: LowRankUpdate, norm: float) -> None:
+    def row(name: str, item: LowRankUpdate, norm: float) -> dict[str, Any]:
         cosines = [
-            f"{item.inner(other) / (norm * other_norm):.3f}" if norm * other_norm > 0 else "–"
+            item.inner(other) / (norm * other_norm) if norm * other_norm > 0 else None
             for other, other_norm in zip(inputs[:MAX_COSINES], norms, strict=False)
         ]
-        table.add_row(name, str(len(item.terms)), _rank_range(item), f"{norm:.4g}", *cosines)
+        cells = ["–" if cosine is None else f"{cosine:.3f}" for cosine in cosines]
+        table.add_row(name, str(len(item.terms)), _rank_range(item), f"{norm:.4g}", *cells)
+        ranks = sorted(set(item.ranks().values()))
+        return {"adapter": name, "modules": len(item.terms), "ranks": ranks, "norm": norm, "cosines": cosines}
 
-    for number, (source, item, norm) in enumerate(zip(sources, inputs, norms, strict=True), start=1):
+    adapters = [
         row(f"{number} {Path(source.id).name}", item, norm)
+        for number, (source, item, norm) in enumerate(zip(sources, inputs, norms, strict=True), start=1)
+    ]
+    result = None
     if isinstance(update, SignConsensus):
         norm, agreed = update.measure()
         table.add_row("result", str(len(update.modules)), "dense", f"{norm:.4g}")
         table.caption = f"The adapters agree on {agreed:.1%} of the entries."
+        result = {"adapter": "result", "modules": len(update.modules), "norm": norm, "agreed": agreed}
     elif update is not None:
-        row("result", update, update.norm)
-    return table
+        result = row("result", update, update.norm)
+    console.print(table)
+    json_output.report(adapters=adapters, result=result)
 
 
 def _rank_range(update: LowRankUpdate) -> str:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
+import math
+import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import datasets
 import yaml
+from huggingface_hub.utils import are_progress_bars_disabled
 from peft import PeftModel
 from rich.console import Console
 from transformers import (
@@ -22,13 +27,22 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.hf_argparser import string_to_bool
 from transformers.utils import logging
 from trl import TrlParser
 
 from hf_unlearn.data import drop_untrainable, encode_set, load_rows
 from hf_unlearn.errors import UnlearningError, explaining
 from hf_unlearn.evaluation.batching import process_state
-from hf_unlearn.extrapolation import LoraAdapter, SafetensorsCheckpoint, resolve_model, verify_fingerprint_files
+from hf_unlearn.extrapolation import (
+    LoraAdapter,
+    MergeReport,
+    SafetensorsCheckpoint,
+    resolve_model,
+    verify_fingerprint_files,
+)
+from hf_unlearn.extrapolation.sharded import failing_together
+from hf_unlearn.locks import working_in
 from hf_unlearn.quantisation import use_training_kernels
 
 
@@ -38,6 +52,62 @@ WITHOUT_RETAIN = (
     " Without it nobody can say what else the model lost. If you have none, use rows sampled from the model before "
     "forgetting: retain_sample.jsonl beside the adapter, or what `hf-unlearn sample` writes."
 )
+
+
+class JsonOutput:
+    """
+    With `--json`, one JSON document on stdout and nothing else: what a command prints goes to stderr, and what it reports
+    here is written when it ends. The context of a whole command; one that raises writes no document.
+    """
+
+    def __init__(self) -> None:
+        self._stdout: TextIO | None = None
+        self._document: dict[str, Any] = {}
+
+    def start(self) -> None:
+        """Keep stdout for the document."""
+        if self._stdout is None:
+            self._stdout, sys.stdout = sys.stdout, sys.stderr
+
+    def report(self, **entries: Any) -> None:
+        """Add entries to the document. Those of a command that calls another come together in one document."""
+        self._document |= entries
+
+    def __enter__(self) -> None:
+        self._document = {}
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        stdout, self._stdout = self._stdout, None
+        if stdout is None:
+            return
+        sys.stdout = stdout
+        if kind is None and int(os.environ.get("RANK", "0")) == 0:
+            print(json.dumps(_jsonable(self._document), ensure_ascii=False, allow_nan=False))
+
+
+json_output = JsonOutput()
+
+
+def _jsonable(content: Any) -> Any:
+    """The content with `None` for what JSON has no number for, and paths as text."""
+    if isinstance(content, dict):
+        return {str(name): _jsonable(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_jsonable(value) for value in content]
+    if isinstance(content, Path):
+        return str(content)
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def print_plan(plan: str) -> None:
+    """Print what a run would do, for `--dry_run`."""
+    console.print(plan)
+    json_output.report(dry_run=True, plan=plan)
+
+
+def describe_merge(report: MergeReport) -> dict[str, Any]:
+    """What a merge has written, for `--json`; `unlearning.json` has the rest."""
+    return {item.name: getattr(report, item.name) for item in fields(report) if item.name != "provenance"}
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -55,10 +125,17 @@ class CommandParser(TrlParser):
         description (`str`): What the command does.
         example (`str`): A command to copy.
         shown (`set[str]`, *optional*): Inherited options that `--help` shows besides those defined in this package.
+        json (`bool`, *optional*, defaults to `True`): Whether the command reports to [`JsonOutput`], and has `--json`.
     """
 
     def __init__(
-        self, command: str, dataclass_types: list[type], description: str, example: str, shown: set[str] | None = None
+        self,
+        command: str,
+        dataclass_types: list[type],
+        description: str,
+        example: str,
+        shown: set[str] | None = None,
+        json: bool = True,
     ) -> None:
         super().__init__(
             dataclass_types,
@@ -70,7 +147,16 @@ class CommandParser(TrlParser):
         )
         self.add_argument("--config", help="YAML file of options; flags on the command line win.")
         self.add_argument("--help_all", action="store_true", help="Explain every option, also the inherited ones.")
-        own = {f.name for kind in dataclass_types for f in _own_fields(kind)} | {"help", "help_all", "config"}
+        own = {f.name for kind in dataclass_types for f in _own_fields(kind)} | {"help", "help_all", "config", "json"}
+        if json:
+            self.add_argument(
+                "--json",
+                type=string_to_bool,
+                nargs="?",
+                const=True,
+                default=False,
+                help="Print one JSON document to stdout and everything else to stderr.",
+            )
         self._hidden = [action for action in self._actions if action.dest not in own | (shown or set())]
 
     def parse(self, argv: list[str]) -> tuple[Any, ...]:
@@ -90,12 +176,36 @@ class CommandParser(TrlParser):
             raise UnlearningError(f"The --config file is not valid YAML: {error}. Mend it there.") from error
         except FileNotFoundError as error:
             raise UnlearningError(f"--config {error.filename} does not exist. Check the path.") from error
+        except IndexError as error:
+            raise UnlearningError("--config needs the path of a YAML file behind it.") from error
+        except UnicodeDecodeError as error:
+            raise UnlearningError("The --config file is not UTF-8 text. Save it as UTF-8.") from error
+        except (TypeError, AttributeError, RecursionError) as error:
+            raise UnlearningError(
+                f"An option has a value of the wrong type: {error}. Compare the --config file with --help_all."
+            ) from error
         except (OSError, ValueError) as error:
-            raise UnlearningError(str(error)) from error
+            raise UnlearningError(f"{str(error).rstrip('.')}.") from error
         *_, of_config, of_command = parsed
         self._refuse_unknown(of_config, "the --config file")
         self._refuse_unknown(of_command, "the command line")
+        if getattr(parsed[len(self.dataclass_types)], "json", False):
+            json_output.start()
         return parsed[: len(self.dataclass_types)]
+
+    def set_defaults_with_config(self, **options: Any) -> list[str]:
+        """
+        Take the options of a configuration file as if they were flags: argparse converts and checks text alone, so what
+        is not of the option's own type becomes text, and lists and mappings are refused where the option has none.
+        """
+        kinds = {f.name: str(f.type) for kind in self.dataclass_types for f in fields(kind)}
+        for name, value in options.items():
+            if value is None or name not in kinds or type(value).__name__ in kinds[name]:
+                continue
+            if isinstance(value, (list, dict)):
+                raise UnlearningError(f"`{name}` in the --config file takes one value, not {value}. Name one.")
+            options[name] = str(value)
+        return super().set_defaults_with_config(**options)
 
     def _refuse_unknown(self, remaining: list[str], where: str) -> None:
         """Raise for what no option has taken, and name the option that was probably meant."""
@@ -227,16 +337,19 @@ def load_with_adapter(
     return model.eval(), tokenizer
 
 
-def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """
     Load the tokenizer of a model.
 
     Args:
         model (`str` or `Path`): Folder or Hub id of the model.
         revision (`str`, *optional*): Its revision on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code that comes with the model.
     """
-    try:
-        return AutoTokenizer.from_pretrained(model, revision=revision)
+    try:  # where it is not given, transformers would ask at the terminal whether to run code
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UnlearningError(
             f"No tokenizer can be loaded from {model}. Check the name, or put the files of the model's own tokenizer "
@@ -247,7 +360,8 @@ def load_tokenizer(model: str | Path, revision: str | None = None) -> PreTrained
 def load_causal_lm(folder: Path, dtype: str, quantization_config: BitsAndBytesConfig | None = None) -> PreTrainedModel:
     """Load a model onto the device of this process, quantised if asked."""
     with quiet_loading(), explaining(f"The model {folder} cannot be loaded", "Check its files, or save them again."):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=quantization_config)
+        options = {"dtype": dtype, "quantization_config": quantization_config}
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     use_training_kernels(model)
     return model.to(process_state().device).eval()
 
@@ -256,10 +370,22 @@ class quiet_loading:
     """Silences the progress bars of weight loading, which say nothing for a model that loads in seconds."""
 
     def __enter__(self) -> None:
+        self._shown = logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
         logging.disable_progress_bar()
 
     def __exit__(self, *exception: object) -> None:
-        logging.enable_progress_bar()
+        if self._shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def alone_in(folder: str | Path) -> Iterator[None]:
+    """Keep other runs out of an output folder. Every process enters; the main one holds the lock."""
+    with ExitStack() as stack:
+        with failing_together():
+            if process_state().is_main_process:
+                stack.enter_context(working_in(folder))
+        yield
 
 
 def refuse_existing(folder: Path, overwrite: bool, option: str = "--overwrite") -> None:

@@ -10,10 +10,12 @@ from hf_unlearn.cli.common import (
     CommandParser,
     base_of,
     console,
+    json_output,
     load_causal_lm,
     load_tokenizer,
     load_with_adapter,
     parse_alphas,
+    print_plan,
     refuse_existing,
     refuse_idle,
     verified_checkpoint,
@@ -22,6 +24,7 @@ from hf_unlearn.cli.outputs import (
     OUTPUTS,
     SECURITY_NOTE,
     collapses,
+    describe_evaluations,
     describe_rows,
     figures_table,
     save_evaluations,
@@ -113,7 +116,7 @@ def run(argv: list[str]) -> int:
     if arguments.log is not None:
         protocol, evaluations, retrained = _from_log(arguments)
     elif arguments.dry_run:
-        console.print(_plan(arguments, adapter))
+        print_plan(_plan(arguments, adapter))
         return EXIT_OK
     else:
         evaluator = _load(arguments, adapter, output_dir)
@@ -123,12 +126,15 @@ def run(argv: list[str]) -> int:
     failures = collapses(evaluations, protocol)
     if process_state().is_main_process:
         _report(evaluations, failures)
-        if not arguments.dry_run:
+        if arguments.dry_run:
+            json_output.report(dry_run=True)
+        else:
             facts = {"Evaluated": arguments.model or arguments.adapter or arguments.log} | package_versions()
             notes = [*failures, *([SECURITY_NOTE] if sets_alpha else [])]
             with atomic_folder(output_dir, arguments.overwrite) as folder:
                 save_evaluations(folder, protocol, evaluations, retrained=retrained, facts=facts, notes=notes)
             console.print(f"Written to {output_dir}; open {output_dir}/report.html.")
+            json_output.report(output_dir=output_dir)
     process_state().wait_for_everyone()
     return EXIT_FAILED if failures and not sets_alpha else EXIT_OK
 
@@ -141,6 +147,7 @@ def _report(evaluations: list[Evaluation], failures: list[str]) -> None:
             console.print(f"{name}: {figure.note}")
     for failure in failures:
         console.print(failure)
+    json_output.report(evaluations=describe_evaluations(evaluations), collapsed=failures)
 
 
 def _check(arguments: EvalArguments) -> None:

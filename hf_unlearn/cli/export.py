@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.table import Table
 
 from hf_unlearn.cli import EXIT_OK
-from hf_unlearn.cli.common import CommandParser, base_of, console, refuse_existing, refuse_idle
+from hf_unlearn.cli.common import (
+    CommandParser,
+    base_of,
+    console,
+    json_output,
+    print_plan,
+    refuse_existing,
+    refuse_idle,
+)
 from hf_unlearn.cli.outputs import SECURITY_NOTE
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import resolve_model
@@ -128,16 +136,18 @@ def _export_vllm(arguments: ExportArguments) -> int:
     refuse_overwriting(arguments.output_dir, load_result(arguments.adapter).folder)
     if report.problems:
         console.print(_problems(report))
+    json_output.report(problems=[asdict(problem) for problem in report.problems], max_lora_rank=report.max_lora_rank)
     if arguments.dry_run:
         ranks = ", ".join(map(str, report.ranks))
         verdict = "It is served as it is" if report.servable else "It has to be rewritten"
-        console.print(
+        print_plan(
             f"Rank {ranks}, --max-lora-rank {report.max_lora_rank}. {verdict}.\n"
             f"Would write it with rank {report.max_lora_rank} to {arguments.output_dir}: adapter_model.safetensors, "
             "adapter_config.json, unlearning.json"
         )
         return EXIT_OK
     written = write_servable(arguments.adapter, arguments.output_dir, arguments.overwrite)
+    json_output.report(output_dir=written.folder, command=written.command())
     console.print(f"Forget adapter of rank {written.max_lora_rank} written to {written.folder}. Serve it with")
     console.print(f"  {written.command()}", markup=False, highlight=False)
     console.print(f"and send requests with the model name `forget`. {SERVED_TOO}\n{SECURITY_NOTE}")
@@ -159,6 +169,7 @@ def _export_model(arguments: ExportArguments) -> int:
         path = export_gguf(
             arguments.model, arguments.output_dir, arguments.converter, arguments.dtype, arguments.overwrite
         )
+    json_output.report(file=path, bytes=path.stat().st_size)
     console.print(f"{path} written, {path.stat().st_size / 1e6:,.1f} MB. Serve it with\n  llama-server -m {path}")
     return EXIT_OK
 
@@ -173,6 +184,7 @@ def _export_adapter(arguments: ExportArguments) -> int:
         path = export_gguf_adapter(
             adapter, base, arguments.output_dir, arguments.converter, dtype, arguments.overwrite
         )
+    json_output.report(file=path, bytes=path.stat().st_size)
     console.print(
         f"{path} written, {path.stat().st_size / 1e6:,.1f} MB. Serve it over the GGUF file of {base} with\n"
         f"  llama-server -m base.gguf --lora {path}\n"
@@ -183,5 +195,5 @@ def _export_adapter(arguments: ExportArguments) -> int:
 
 
 def _print_plan(file: str, arguments: ExportArguments, dtype: str, script: Path) -> int:
-    console.print(f"Would write {arguments.output_dir}/{file} in {dtype} and unlearning.json, by {script}.")
+    print_plan(f"Would write {arguments.output_dir}/{file} in {dtype} and unlearning.json, by {script}.")
     return EXIT_OK

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.table import Table
 
 from hf_unlearn.cli import EXIT_OK
-from hf_unlearn.cli.common import CommandParser, base_of, console, refuse_existing, refuse_idle
+from hf_unlearn.cli.common import (
+    CommandParser,
+    alone_in,
+    base_of,
+    console,
+    describe_merge,
+    json_output,
+    print_plan,
+    refuse_existing,
+    refuse_idle,
+)
 from hf_unlearn.cli.push import upload
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import LoraAdapter, MergePlan, extrapolate, plan_merge, save_forget_adapter
@@ -100,7 +111,8 @@ def run(argv: list[str]) -> int:
     adapter.refuse_result()
     _check_push(arguments, adapter)
     write = _write_adapter if arguments.format == "adapter" else _write_model
-    write(adapter, arguments)
+    with nullcontext() if arguments.dry_run else alone_in(arguments.output_dir):
+        write(adapter, arguments)
     if arguments.push_to_hub and not arguments.dry_run:
         upload(HubPush(arguments.hub_model_id, **{arguments.format: arguments.output_dir}))
     return EXIT_OK
@@ -125,7 +137,7 @@ def _write_adapter(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> Non
     refuse_idle(arguments, ["delete_cache"], "with --format adapter, which needs no base")
     if arguments.dry_run:
         size = (adapter.folder / "adapter_model.safetensors").stat().st_size
-        console.print(
+        print_plan(
             f"Would write a forget adapter at α = {arguments.alpha:g}:\n"
             f"  {arguments.output_dir}/adapter_model.safetensors ({size / 1e6:.1f} MB), adapter_config.json, "
             "unlearning.json"
@@ -133,6 +145,7 @@ def _write_adapter(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> Non
         return
     folder = save_forget_adapter(adapter, arguments.alpha, arguments.output_dir, overwrite=arguments.overwrite)
     console.print(f"Forget adapter at α = {arguments.alpha:g} written to {folder}. PEFT loads it as it is.")
+    json_output.report(alpha=arguments.alpha, output_dir=folder)
 
 
 def _write_model(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> None:
@@ -150,6 +163,14 @@ def _write_model(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> None:
             table.add_row(name, f"{size:,}")
         console.print(table)
         console.print(_needs(plan))
+        json_output.report(
+            dry_run=True,
+            alpha=plan.alpha,
+            files=plan.files,
+            downloads=plan.downloads,
+            needed_space=plan.needed_space(),
+            peak_memory=plan.peak_memory,
+        )
         return
     report = extrapolate(
         base, adapter, arguments.alpha, arguments.output_dir, overwrite=arguments.overwrite, **options
@@ -159,6 +180,7 @@ def _write_model(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> None:
         f"{report.total_bytes / 1e6:,.0f} MB, realised error of the update {report.realised_error:.2e} "
         f"(worst {report.worst_error:.2e} in {report.worst_tensor})."
     )
+    json_output.report(**describe_merge(report))
 
 
 def _needs(plan: MergePlan) -> str:

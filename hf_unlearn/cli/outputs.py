@@ -107,6 +107,14 @@ def save_evaluations(
             write_open_unlearning(shown, folder / "TOFU_EVAL.json")
 
 
+def describe_evaluations(evaluations: list[Evaluation]) -> list[dict[str, Any]]:
+    """What `evaluation.json` has of each evaluation, without rows and answers, for `--json`."""
+    return [
+        {name: value for name, value in evaluation.to_dict().items() if name not in ("rows", "answers")}
+        for evaluation in evaluations
+    ]
+
+
 def describe_rows(protocol: Protocol) -> str:
     """Name of a protocol and the number of rows of its sets, in words."""
     counts = ", ".join(f"{len(content.rows)} {name}" for name, content in protocol.sets.items())

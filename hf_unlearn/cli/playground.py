@@ -87,7 +87,7 @@ class PlaygroundArguments(DataArguments):
 
 def run(argv: list[str]) -> int:
     """Run the command and return its exit code."""
-    (arguments,) = CommandParser("playground", [PlaygroundArguments], DESCRIPTION, EXAMPLE).parse(argv)
+    (arguments,) = CommandParser("playground", [PlaygroundArguments], DESCRIPTION, EXAMPLE, json=False).parse(argv)
     _check(arguments)
     adapter = LoraAdapter.load(arguments.adapter)
     adapter.refuse_result()

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_unlearn.cli import EXIT_OK
-from hf_unlearn.cli.common import CommandParser, console, stderr
+from hf_unlearn.cli.common import CommandParser, console, json_output, stderr
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.hub.contents import Content
 from hf_unlearn.hub.push import HubPush
@@ -125,6 +125,7 @@ def upload(push: HubPush) -> None:
         )
     url = push.push()
     console.print(f"Uploaded to {escape(url)} ({'private' if push.private else 'public'}).")
+    json_output.report(url=url, private=push.private)
 
 
 def _show(push: HubPush) -> None:
@@ -139,6 +140,8 @@ def _show(push: HubPush) -> None:
             console.print(f"Left out of --{kind}: {escape(', '.join(left_out))}")
     console.print("README.md, without what the Hub says of the base:\n")
     console.print(files["README.md"].decode("utf-8"), markup=False, highlight=False)
+    sizes = {name: _size(content) for name, content in sorted(files.items())}
+    json_output.report(dry_run=True, repo_id=push.repo_id, private=push.private, files=sizes)
 
 
 def _size(content: Content) -> int:

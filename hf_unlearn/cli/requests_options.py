@@ -141,23 +141,6 @@ class RevokeArguments(ChangeArguments):
 
 
 @dataclass
-class ListArguments(LedgerArguments):
-    """
-    Options of `list`.
-
-    Args:
-        json (`bool`, *optional*, defaults to `False`): Whether to print JSON.
-    """
-
-    json: bool = field(default=False, metadata={"help": "Print JSON instead of a table."})
-
-
-@dataclass
-class ShowArguments(ListArguments, RequestArguments):
-    """Options of `show`."""
-
-
-@dataclass
 class BaseArguments(LedgerArguments):
     """
     The base model of the ledger.

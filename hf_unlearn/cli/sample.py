@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 
 from hf_unlearn.cli import EXIT_OK
-from hf_unlearn.cli.common import CommandParser, console, load_causal_lm, load_tokenizer
+from hf_unlearn.cli.common import CommandParser, console, json_output, load_causal_lm, load_tokenizer, print_plan
 from hf_unlearn.data import load_rows, summarize, to_prompt_completion
 from hf_unlearn.data.sampling import (
     MAX_NEW_TOKENS,
@@ -115,9 +115,7 @@ def run(argv: list[str]) -> int:
     tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.model_revision)
     forget = arguments.load_forget(chat=tokenizer.chat_template is not None)
     if arguments.dry_run:
-        console.print(
-            f"Would sample {describe_sample(planned_retain_set(tokenizer, sampling, None))}.\nwrites: {file}"
-        )
+        print_plan(f"Would sample {describe_sample(planned_retain_set(tokenizer, sampling, None))}.\nwrites: {file}")
         return EXIT_OK
 
     folder = resolve_model(arguments.model_name_or_path, arguments.model_revision)
@@ -137,6 +135,7 @@ def run(argv: list[str]) -> int:
         if process_state().is_main_process:
             write_rows(file, rows)
             console.print(f"{len(rows)} rows written to {file}. Read them, then pass the file as --retain_dataset.")
+            json_output.report(rows=len(rows), output_file=file)
     return EXIT_OK
 
 

@@ -10,11 +10,14 @@ import torch
 from hf_unlearn.cli import EXIT_FAILED, EXIT_OK
 from hf_unlearn.cli.common import (
     CommandParser,
+    alone_in,
     base_of,
     console,
+    json_output,
     load_tokenizer,
     load_with_adapter,
     parse_alphas,
+    print_plan,
     refuse_existing,
     verified_checkpoint,
 )
@@ -22,11 +25,13 @@ from hf_unlearn.cli.outputs import (
     OUTPUTS,
     SECURITY_NOTE,
     collapses,
+    describe_evaluations,
     describe_rows,
     figures_table,
     save_evaluations,
 )
 from hf_unlearn.cli.protocols import ProtocolArguments
+from hf_unlearn.cli.reporting import TOOLS, check_tools, report_curves
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation import DEFAULT_GRID, choose_alpha
 from hf_unlearn.evaluation.batching import process_state
@@ -62,6 +67,7 @@ class SweepArguments(ProtocolArguments):
         auc_tolerance (`float`, *optional*, defaults to `0.1`): Tolerance of `match-holdout`.
         refinements (`int`, *optional*, defaults to `4`): Bisection steps after the grid.
         no_generation (`bool`, *optional*, defaults to `False`): Whether to leave generated answers out.
+        report_to (list of `str`, *optional*): Tools to draw the curves over α.
         check_base (`bool`, *optional*, defaults to `True`): Whether to refuse another base than the recorded one.
         overwrite (`bool`, *optional*, defaults to `False`): Whether to replace an existing folder.
         dry_run (`bool`, *optional*, defaults to `False`): Whether to check and plan only.
@@ -96,6 +102,10 @@ class SweepArguments(ProtocolArguments):
     no_generation: bool = field(
         default=False, metadata={"help": "Generate answers only where the utility needs them: faster."}
     )
+    report_to: list[str] | None = field(
+        default=None,
+        metadata={"help": "Draw the curves over α in these tools too, at step 1000·α.", "choices": TOOLS},
+    )
     check_base: bool = field(
         default=True, metadata={"help": "Refuse a base other than the one the adapter was trained on."}
     )
@@ -114,13 +124,19 @@ def run(argv: list[str]) -> int:
     alphas = parse_alphas(arguments.alphas)
     output_dir = Path(arguments.output_dir).expanduser()
     refuse_existing(output_dir, arguments.overwrite)
+    check_tools(arguments.report_to or [])
     adapter = LoraAdapter.load(arguments.adapter)
     adapter.refuse_result()
     base = base_of(adapter, arguments.base)
     if arguments.dry_run:
-        console.print(_plan(arguments, base, adapter, alphas))
+        print_plan(_plan(arguments, base, adapter, alphas))
         return EXIT_OK
+    with alone_in(output_dir):
+        return _sweep(arguments, adapter, base, alphas, output_dir)
 
+
+def _sweep(arguments: SweepArguments, adapter: LoraAdapter, base: str, alphas: list[float], output_dir: Path) -> int:
+    """Evaluate, choose and write; the exit code."""
     model, tokenizer = load_with_adapter(
         base, adapter, arguments.dtype, arguments.check_base, arguments.quantization_config
     )
@@ -144,11 +160,18 @@ def run(argv: list[str]) -> int:
         notes = [*failures, SECURITY_NOTE]
         with atomic_folder(output_dir, arguments.overwrite) as folder:
             save_evaluations(folder, evaluator.protocol, evaluations, choice, evaluator.retrained, facts, notes=notes)
+            report_curves(arguments.report_to or [], evaluations, folder, run_name=output_dir.name)
         console.print(figures_table(evaluations, choice))
         for failure in failures:
             console.print(failure)
         console.print(
             f"{choice.verdict}\nRule: {choice.rule}.\nWritten to {output_dir}; open {output_dir}/report.html."
+        )
+        json_output.report(
+            evaluations=describe_evaluations(evaluations),
+            collapsed=failures,
+            choice=choice.to_dict(),
+            output_dir=output_dir,
         )
     process_state().wait_for_everyone()
     return EXIT_OK if choice.met else EXIT_FAILED

@@ -9,12 +9,20 @@ import signal
 import subprocess
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_quantization_config
 
 from hf_unlearn.cli import EXIT_INTERRUPTED, EXIT_OK
-from hf_unlearn.cli.common import CommandParser, console, load_tokenizer, refuse_idle, stderr
+from hf_unlearn.cli.common import (
+    CommandParser,
+    alone_in,
+    console,
+    json_output,
+    load_tokenizer,
+    refuse_idle,
+    stderr,
+)
 from hf_unlearn.cli.methods import describe, extrapolates, method_of, refuse_options_of_others
 from hf_unlearn.cli.train_options import (
     DESCRIPTION,
@@ -28,6 +36,7 @@ from hf_unlearn.cli.train_plan import checked_data, config_file, dry_run
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation import custom_protocol
 from hf_unlearn.evaluation.batching import parse_batch_size
+from hf_unlearn.locks import working_in
 from hf_unlearn.trainer import EvaluationCallback, UnlearningConfig, UnlearningTrainer
 from hf_unlearn.trainer.baselines import METHODS
 from hf_unlearn.trainer.rounds import (
@@ -52,14 +61,37 @@ def run(argv: list[str]) -> int:
     description = DESCRIPTION if extrapolates(method) else describe(method)
     arguments, config, model = CommandParser("train", options, description, EXAMPLE, SHOWN).parse(argv)
     _check_arguments(arguments, config, model)
-    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision)
+    if config.trust_remote_code:
+        stderr(f"--trust_remote_code runs code that comes with {model.model_name_or_path}, where there is any.")
+    tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, config.trust_remote_code)
     if arguments.dry_run:
         return dry_run(arguments, config, model, tokenizer)
     if arguments.accelerate_config and LAUNCHED not in os.environ:
-        checked_data(arguments, config, tokenizer)  # bad rows are named once, not by every process
+        with working_in(config.output_dir):  # then the main process of those that are launched holds the lock
+            checked_data(arguments, config, tokenizer)  # bad rows are named once, not by every process
         return _launch(arguments.accelerate_config, argv)
-
     config = _with_model_options(config, model)
+    is_main = config.process_index == 0  # once this is known, all processes know of each other
+    with alone_in(config.output_dir):
+        code = _train(arguments, config, model, tokenizer, trainer_class)
+    if code != EXIT_OK:
+        return code
+    if is_main:
+        if config.push_to_hub:
+            console.print(f"Forget adapter at α = {config.alpha:g} uploaded to {config.hub_model_id}.")
+        console.print(_next_step(arguments, config))
+    json_output.report(method=arguments.method, output_dir=config.output_dir)
+    return EXIT_OK
+
+
+def _train(
+    arguments: TrainArguments,
+    config: UnlearningConfig,
+    model: LoraModelConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    trainer_class: type[UnlearningTrainer],
+) -> int:
+    """Train, in rounds or not, and save; the exit code."""
     interrupt = _Interrupt()
     sets = (arguments.load_required("forget"), arguments.load("retain"))
     options = {
@@ -77,15 +109,11 @@ def run(argv: list[str]) -> int:
         else:
             trainer = trainer_class(model.model_name_or_path, config, *sets, **options)
             train_round(trainer, 1, arguments.resume or None)
-            trainer.save_model()
             trainer.save_state()
+            trainer.save_model()
     except _Interrupted:
         stderr(f"Interrupted; a checkpoint is in {config.output_dir}. Go on with the same command and --resume.")
         return EXIT_INTERRUPTED
-    if config.process_index == 0:
-        if config.push_to_hub:
-            console.print(f"Forget adapter at α = {config.alpha:g} uploaded to {config.hub_model_id}.")
-        console.print(_next_step(arguments, config))
     return EXIT_OK
 
 
@@ -104,8 +132,10 @@ def _train_round(
             console.print(f"Round {number} of {arguments.rounds}")
         if number == 1:
             console.print(trainer.data_report.render())
+            json_output.report(data=trainer.data_report.to_dict(), warnings=trainer.data_report.warnings())
     with interrupt:
         trainer.train(resume_from_checkpoint=checkpoint)
+    json_output.report(log_history=trainer.state.log_history)
     if interrupt.requested:
         raise _Interrupted
 

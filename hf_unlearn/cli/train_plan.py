@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from hf_unlearn.cli import EXIT_OK
-from hf_unlearn.cli.common import console
+from hf_unlearn.cli.common import console, json_output
 from hf_unlearn.cli.methods import extrapolates
 from hf_unlearn.cli.sample import describe_sample
 from hf_unlearn.cli.train_options import LoraModelConfig, TrainArguments
@@ -41,7 +41,9 @@ def dry_run(
     if config.uses_retain and arguments.retain_dataset is None:
         planned = planned_retain_set(tokenizer, sampling_of(config), config.max_length)
         console.print(f"No --retain_dataset: would sample {describe_sample(planned)}. The table has their most.")
-    console.print(_plan(arguments, config, model, report, pairs))
+    plan = _plan(arguments, config, model, report, pairs)
+    console.print("\n".join(f"{label + ':':<18}{value}" for label, value in plan.items()))
+    json_output.report(dry_run=True, data=report.to_dict(), warnings=report.warnings(), plan=plan)
     return EXIT_OK
 
 
@@ -68,14 +70,15 @@ def _plan(
     model: LoraModelConfig,
     report: DataReport,
     pairs: PairedDataset,
-) -> str:
+) -> dict[str, str]:
+    """What a run would do, by topic."""
     launch = _planned_launch(arguments, config)
     batch = config.per_device_train_batch_size
     forget_rows_a_step = batch * config.gradient_accumulation_steps * launch.processes
     steps_an_epoch = math.ceil(report.forget.rows / forget_rows_a_step)
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.num_train_epochs)
     retain_rows = config.retain_per_forget if report.retain else 0
-    base = _config_of(model)
+    base = _config_of(model, config.trust_remote_code)
     memory = _planned_memory(base, config, model, report, launch)
     planned_steps = f"{steps} ({steps_an_epoch} an epoch)"
     rounds = {}
@@ -85,7 +88,7 @@ def _plan(
         planned_steps += f" a round, {arguments.rounds * steps} in all"
         rounds["rounds"] = f"{arguments.rounds}, each a step of α = {arguments.round_alpha:g} from its base"
         rounds["bases of rounds"] = _planned_bases(arguments, config, model, base, memory)
-    lines = {
+    return {
         "model": f"{model.model_name_or_path}, {memory.base_parameters:,} parameters",
         "method": arguments.method,
         "adapter": _planned_adapter(config, model, memory),
@@ -97,14 +100,15 @@ def _plan(
         "writes": _planned_files(config, memory) + ", unlearning.json, tokenizer, trainer_state.json, checkpoint-*",
         **rounds,
     }
-    return "\n".join(f"{label + ':':<18}{value}" for label, value in lines.items())
 
 
-def _config_of(model: LoraModelConfig) -> PretrainedConfig:
+def _config_of(model: LoraModelConfig, trust_remote_code: bool) -> PretrainedConfig:
     with explaining(
         f"The model {model.model_name_or_path} has no configuration that can be read", "Check its folder or name."
     ):
-        return AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+        return AutoConfig.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision, trust_remote_code=trust_remote_code
+        )
 
 
 def _planned_adapter(config: UnlearningConfig, model: LoraModelConfig, memory: MemoryEstimate) -> str:

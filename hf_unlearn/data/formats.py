@@ -67,6 +67,11 @@ def to_prompt_completion(dataset: datasets.Dataset, *, name: str, chat: bool) ->
                     f"{where}: it is a conversation, and the tokenizer has no chat template. Use the tokenizer of a "
                     "chat model, give this one a chat template, or write the rows as `prompt` and `completion` text."
                 )
+            if rows and type(prompt) is not type(rows[0]["prompt"]):
+                raise UnlearningError(
+                    f"{where}: it is {'text' if isinstance(prompt, str) else 'a conversation'}, and the rows before it are "
+                    "not. Write all rows in one way; an empty row is text."
+                )
             rows.append({"prompt": prompt, "completion": completion, "row": index})
             if read not in (_read_messages, _read_conversations, _read_text):
                 rows[-1] |= _carried(row, prompt, form, where)
@@ -119,12 +124,13 @@ def _read_conversations(row: dict[str, Any], where: str, chat: bool) -> Iterator
     yield from _split_turns(_messages(turns, where, "conversations"), where)
 
 
-def _from_sharegpt(turn: dict[str, Any], where: str) -> dict[str, Any]:
-    if turn["from"] not in _ROLES:
+def _from_sharegpt(turn: Any, where: str) -> dict[str, Any]:
+    speaker = turn.get("from") if isinstance(turn, dict) else None
+    if not isinstance(speaker, str) or speaker not in _ROLES:
         raise UnlearningError(
-            f"{where}: a turn in `conversations` is from {turn['from']!r}. Known are: {', '.join(_ROLES)}."
+            f"{where}: a turn in `conversations` is from {speaker!r}. Known are: {', '.join(_ROLES)}."
         )
-    return {"role": _ROLES[turn["from"]], "content": turn.get("value")}
+    return {"role": _ROLES[speaker], "content": turn.get("value")}
 
 
 def _split_turns(messages: Messages, where: str) -> Iterator[Pair]:

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetsError
 
-from hf_unlearn.errors import UnlearningError
+from hf_unlearn.errors import UnlearningError, parse_json
 
 
 SAMPLE_SETS = ("people/forget", "people/retain", "people/holdout")
@@ -172,11 +172,13 @@ def _read_text(path: Path, name: str) -> str:
 def _load_json(path: Path, name: str) -> datasets.Dataset:
     text = _read_text(path, name)
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # more than one value: JSON Lines under another name
             return _from_list(_parse_lines(text, path, name), name)
         raise _broken_json(path, error.lineno, error, name) from error
+    except ValueError as error:
+        raise UnlearningError(f"The {name} file {path} cannot be read: {error}. Write it anew.") from error
     rows = content.get("data") if isinstance(content, dict) else content
     if not isinstance(rows, list):
         raise UnlearningError(
@@ -194,9 +196,13 @@ def _parse_lines(text: str, path: str | Path, name: str) -> list[Any]:
     for number, line in enumerate(text.split("\n"), start=1):  # `splitlines` would split at U+2028 inside a string
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                rows.append(parse_json(line))
             except json.JSONDecodeError as error:
                 raise _broken_json(path, number, error, name) from error
+            except ValueError as error:
+                raise UnlearningError(
+                    f"The {name} file {path} cannot be read: line {number}: {error}. Mend that line."
+                ) from error
     return rows
 
 
@@ -243,7 +249,12 @@ def _from_list(rows: list[Any], name: str) -> datasets.Dataset:
     columns = dict.fromkeys(column for row in rows for column in row)
     try:
         return datasets.Dataset.from_dict({column: [row.get(column) for row in rows] for column in columns})
-    except (ValueError, TypeError) as error:  # Arrow's errors are both
+    except UnicodeEncodeError as error:
+        raise UnlearningError(
+            f"The {name} holds half a character ({error.object[error.start : error.end]!a}), which is no text. Write it "
+            "anew in UTF-8."
+        ) from error
+    except (ValueError, TypeError, OverflowError, NotImplementedError) as error:  # Arrow's errors are all of these
         raise UnlearningError(
             f"The {name} mixes types within a column: {error}. Give every row the same shape, text as strings."
         ) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_unlearn.errors import UnlearningError
+from hf_unlearn.errors import UnlearningError, parse_json
 from hf_unlearn.evaluation.aggregates import ATTACKS, question_figures
 from hf_unlearn.evaluation.results import Evaluation
 
@@ -54,7 +54,7 @@ def read_log(path: str | Path) -> Evaluation:
     """
     path = find_log(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UnlearningError(f"{path} is not JSON ({error}). Give {OPEN_UNLEARNING_LOG} or {OWN_LOG}.") from error
     if isinstance(content, dict):
@@ -64,10 +64,17 @@ def read_log(path: str | Path) -> Evaluation:
                 f"for every model, so they can't be compared row by row. Give open-unlearning's {OPEN_UNLEARNING_LOG} "
                 "of the retrained model, or evaluate it here."
             )
-        if "evaluations" in content or "protocol" in content:
-            return _read_own(content, path)
-        if any(isinstance(entry, dict) and "agg_value" in entry for entry in content.values()):
-            return _read_open_unlearning(content, path)
+        is_own = "evaluations" in content or "protocol" in content
+        try:
+            if is_own:
+                return _read_own(content, path)
+            if any(isinstance(entry, dict) and "agg_value" in entry for entry in content.values()):
+                return _read_open_unlearning(content)
+        except UnlearningError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = "evaluation" if is_own else "log"
+            raise UnlearningError(f"{path} is no complete {what}: {error}. Evaluate the model again.") from error
     raise UnlearningError(
         f"{path} is no log of a known shape. Give open-unlearning's {OPEN_UNLEARNING_LOG} (not the summary) or our own "
         f"{OWN_LOG}."
@@ -103,24 +110,22 @@ def _read_own(content: dict[str, Any], path: Path) -> Evaluation:
             f"{path} holds evaluations at α = {alphas or 'none'}, and none of them is the chosen one. Give the log of a "
             "single model."
         )
-    try:
-        return Evaluation.from_dict(entries[0])
-    except (KeyError, TypeError) as error:
-        raise UnlearningError(f"{path} is no complete evaluation ({error}). Evaluate the model again.") from error
+    evaluation = Evaluation.from_dict(entries[0])
+    columns = [column for table in evaluation.rows.values() for column in table.values()]
+    if not all(isinstance(column, list) for column in [*columns, *evaluation.answers.values()]):
+        raise TypeError("a column is no list")
+    return evaluation
 
 
 # ---- open-unlearning ----
 
 
-def _read_open_unlearning(content: dict[str, Any], path: Path) -> Evaluation:
+def _read_open_unlearning(content: dict[str, Any]) -> Evaluation:
     sets: dict[str, dict[int, dict[str, Any]]] = {}  # set: row: columns
-    try:
-        for name, fields, values in _row_values(content):
-            for row, entry in values.items():
-                columns = {ours: entry[theirs] for theirs, ours in fields.items() if theirs in entry}
-                sets.setdefault(name, {}).setdefault(int(row), {}).update(columns)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnlearningError(f"{path} is no complete log: {error}. Evaluate the model again.") from error
+    for name, fields, values in _row_values(content):
+        for row, entry in values.items():
+            columns = {ours: entry[theirs] for theirs, ours in fields.items() if theirs in entry}
+            sets.setdefault(name, {}).setdefault(int(row), {}).update(columns)
     evaluation = Evaluation("tofu")
     for name, rows in sets.items():
         names = dict.fromkeys(column for columns in rows.values() for column in columns)

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
 from transformers.utils import logging
 
-from hf_unlearn.errors import UnlearningError
+from hf_unlearn.errors import UnlearningError, parse_json
 from hf_unlearn.extrapolation.arithmetic import RealisedError, check_alpha, lora_delta
 from hf_unlearn.extrapolation.checkpoint import SafetensorsFile, atomic_folder, resolve_folder, write_shard
 from hf_unlearn.extrapolation.linearity import check_lora_config
@@ -211,9 +211,12 @@ def _read_config(folder: Path) -> PeftConfig:
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         raise UnlearningError(f"{folder} holds no {ADAPTER_CONFIG_FILE}. Pass the folder of a saved PEFT adapter.")
     try:
-        content = PeftConfig.from_json_file(str(folder / ADAPTER_CONFIG_FILE))
+        content = parse_json((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
         config = PeftConfig.from_peft_type(**content)
-    except (ValueError, TypeError, KeyError, ImportError) as error:
+        for option in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(config, option), str | None):
+                raise TypeError(f"`{option}` is no text")
+    except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise UnlearningError(
             f"{folder / ADAPTER_CONFIG_FILE} cannot be read: {error}. Save the adapter again with PEFT."
         ) from error

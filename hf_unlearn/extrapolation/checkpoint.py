@@ -22,7 +22,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from hf_unlearn.errors import UnlearningError
+from hf_unlearn.errors import UnlearningError, parse_json
 from hf_unlearn.extrapolation.background import BackgroundWriter
 from hf_unlearn.extrapolation.leftovers import clear_leftovers, temporary_sibling
 
@@ -81,12 +81,17 @@ def parse_header(file: BinaryIO, size: int) -> tuple[dict[str, str], dict[str, T
     length = int.from_bytes(file.read(8), "little")
     if length > size - 8:
         raise ValueError("its header is longer than the file")
-    header = json.loads(file.read(length))
+    header = parse_json(file.read(length))
     metadata = header.pop("__metadata__", {})
     tensors = {}
     for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        tensors[name] = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), 8 + length + first, last - first)
+        (first, last), dtype, shape = entry["data_offsets"], entry["dtype"], tuple(entry["shape"])
+        numbers = (first, last - first, *shape)
+        if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError(f"the entry of {name!r} in its header is none")
+        if dtype in TORCH_DTYPES and last - first != prod(shape) * TORCH_DTYPES[dtype].itemsize:
+            raise ValueError(f"{name!r} has another number of bytes than its shape and dtype need")
+        tensors[name] = TensorInfo(name, dtype, shape, 8 + length + first, last - first)
     return metadata, tensors
 
 
@@ -201,7 +206,7 @@ class SafetensorsCheckpoint:
                 "transformers and save it again with `save_pretrained`, which writes safetensors."
             )
         try:
-            index = json.loads(path.read_text(encoding="utf-8"))
+            index = parse_json(path.read_text(encoding="utf-8"))
             shards = set(index["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UnlearningError(f"{path} is not a checkpoint index ({error!r}). Download it again.") from error

@@ -9,6 +9,8 @@ source of PEFT 0.21 (`peft/tuners/lora/{config,layer,variants}.py`).
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections import Counter
 
 from peft import LoraConfig, PeftConfig
@@ -109,7 +111,7 @@ def check_lora_config(config: PeftConfig) -> None:
         if getattr(config, option, None) not in (None, False, [], {}):
             raise UnlearningError(f"`{option}` cannot be extrapolated: {reason}. To go on, {remedy}.")
     _refuse_unknown_variants(config)
-    _check_alphas(config)
+    _check_numbers(config)
 
 
 def _refuse_unknown_variants(config: LoraConfig) -> None:
@@ -123,8 +125,21 @@ def _refuse_unknown_variants(config: LoraConfig) -> None:
             )
 
 
-def _check_alphas(config: LoraConfig) -> None:
+def _check_numbers(config: LoraConfig) -> None:
+    for option in ("rank_pattern", "alpha_pattern"):
+        try:
+            for module in (getattr(config, option) or {}).keys():  # noqa: SIM118 - of a dict alone
+                re.compile(module)
+        except (AttributeError, TypeError, re.error) as error:
+            raise UnlearningError(
+                f"`{option}` names no modules: {error}. Its keys are names of modules or regular expressions."
+            ) from error
+    for name, rank in {"r": config.r, **(config.rank_pattern or {})}.items():
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise UnlearningError(f"`r` is {rank!r} for {name!r}. Set a whole number above 0.")
     for option, value in {"lora_alpha": config.lora_alpha, **(config.alpha_pattern or {})}.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise UnlearningError(f"`lora_alpha` is {value!r} for {option!r}. Set a finite number above 0.")
         if not value > 0:
             raise UnlearningError(
                 f"`lora_alpha` must be positive, but it is {value} for {option!r}: a negative scale would turn "

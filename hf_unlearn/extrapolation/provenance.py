@@ -7,10 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from hf_unlearn.errors import UnlearningError
+from hf_unlearn.errors import UnlearningError, parse_json
 
 
 PROVENANCE_FILE = "unlearning.json"
+_OBJECTS = ("base", "data", "data_report", "training", "adapter", "versions")
 RECORDED_PACKAGES = (
     "hf-unlearn",
     "torch",
@@ -56,7 +57,7 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UnlearningError(
             f"{path} is not valid JSON ({error}). Restore it from the original folder, or delete it to go on without "
@@ -64,6 +65,13 @@ def read_provenance(folder: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise UnlearningError(f"{path} holds a {type(content).__name__}, not a JSON object. Restore or delete it.")
+    base = content.get("base") or {}
+    parts = {name: content.get(name) for name in _OBJECTS}
+    if isinstance(base, dict):
+        parts |= {f"base.{name}": base.get(name) for name in ("fingerprint", "quantization_config")}
+    damaged = [name for name, value in parts.items() if not isinstance(value, dict | None)]
+    if damaged:
+        raise UnlearningError(f"`{damaged[0]}` in {path} is no JSON object. Restore or delete the file.")
     return content
 
 

@@ -68,7 +68,7 @@ class Ledger:
     def _read(self) -> None:
         content = self._files.read_index()
         self.base: dict[str, Any] | None = content["base"]
-        self.requests = [Request(**request) for request in content["requests"]]
+        self.requests: list[Request] = content["requests"]
 
     def _write(self) -> None:
         self._files.write_index(self.base, [request.to_dict() for request in self.requests])

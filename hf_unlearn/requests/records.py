@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,19 @@ from hf_unlearn.errors import UnlearningError
 
 ACTIVE, REVOKED = "active", "revoked"
 
+_KINDS = {  # of the values in `requests.json`
+    "id": str,
+    "date": str,
+    "alpha": int | float,
+    "adapter": dict,
+    "data": dict | None,
+    "rows": dict | None,
+    "note": str,
+    "status": str,
+    "purged": bool,
+    "history": list,
+    "metrics": dict | None,
+}
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -66,6 +80,21 @@ class Request:
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: Any) -> Request:
+        """The inverse of [`~Request.to_dict`]; a `ValueError` or `TypeError` says why it is none."""
+        request = cls(**content)
+        for name, kind in _KINDS.items():
+            value = getattr(request, name)
+            if not isinstance(value, kind):
+                raise TypeError(f"`{name}` of a request is {value!r}")
+        check_id(request.id)
+        if isinstance(request.alpha, bool) or not 0 < request.alpha < math.inf:
+            raise ValueError(f"`alpha` of the request {request.id} is {request.alpha!r}")
+        if request.status not in (ACTIVE, REVOKED):
+            raise ValueError(f"`status` of the request {request.id} is {request.status!r}")
+        return request
 
 
 def check_id(id: str) -> str:

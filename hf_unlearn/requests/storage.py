@@ -12,7 +12,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from hf_unlearn.errors import UnlearningError
+from hf_unlearn.errors import UnlearningError, parse_json
+from hf_unlearn.requests.records import Request
 
 
 INDEX_FILE = "requests.json"
@@ -78,12 +79,14 @@ class LedgerFolder:
                 self._remove_empty()
 
     def read_index(self) -> dict[str, Any]:
-        """The content of the index, or that of an empty ledger."""
+        """The content of the index, its requests checked, or that of an empty ledger."""
         if not self.index.is_file():
             return {"format": FORMAT, "base": None, "requests": []}
         try:
-            content = json.loads(self.index.read_text(encoding="utf-8"))
-            version, _, _ = content["format"], content["base"], content["requests"]
+            content = parse_json(self.index.read_text(encoding="utf-8"))
+            version, base, requests = content["format"], content["base"], content["requests"]
+            if not isinstance(base, dict | None) or not isinstance(requests, list):
+                raise TypeError("`base` has to be an object, `requests` a list")
         except (ValueError, KeyError, TypeError) as error:
             raise UnlearningError(
                 f"{self.index} is damaged ({error!r}). Restore it from a backup; the adapters beside it are whole."
@@ -93,6 +96,12 @@ class LedgerFolder:
                 f"{self.index} has format {version!r}, and this version reads format {FORMAT}. Use the version of "
                 "hf_unlearn that wrote it."
             )
+        try:
+            content["requests"] = [Request.from_dict(request) for request in requests]
+        except (ValueError, TypeError) as error:
+            raise UnlearningError(
+                f"{self.index} is damaged: {error}. Restore it from a backup; the adapters beside it are whole."
+            ) from error
         return content
 
     def write_index(self, base: dict[str, Any] | None, requests: list[dict[str, Any]]) -> None:

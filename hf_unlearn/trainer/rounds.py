@@ -27,6 +27,7 @@ from hf_unlearn.extrapolation.sharded import failing_together
 from hf_unlearn.trainer.extrapolation_config import ExtrapolationConfig
 from hf_unlearn.trainer.extrapolation_trainer import ExtrapolationTrainer
 from hf_unlearn.trainer.reference_cache import ReferenceCache
+from hf_unlearn.trainer.saving import SAVING, move_files
 from hf_unlearn.trainer.sets import SAMPLED_FILE
 
 
@@ -36,7 +37,6 @@ QUANTISED = (
     "16- or 32-bit base (without --load_in_4bit, --load_in_8bit or `quantization_config`), or in one round."
 )
 
-_SAVING = ".saving"  # what is being written, beside where it goes
 _OF_ONE_ROUND = {"trainer_state.json", "training_args.bin"}
 
 TrainRound = Callable[[ExtrapolationTrainer, int, str | None], None]
@@ -286,7 +286,7 @@ class _Run:
         """Write the base of the next round, then the adapter of this one."""
         if number < self.rounds:
             trainer.save_forget_model(self.base(number + 1), alpha=self.alpha, overwrite=True)
-        saving = self.folder(number) / _SAVING
+        saving = self.folder(number) / SAVING
         trainer.save_model(str(saving))
         trainer.save_state()
         trainer.accelerator.wait_for_everyone()
@@ -294,7 +294,7 @@ class _Run:
             if trainer.is_world_process_zero():
                 if number > 1:
                     self._record_base(saving, number)
-                _move_files(saving, self.folder(number))
+                move_files(saving, self.folder(number))
                 shutil.rmtree(self.base(number), ignore_errors=True)
 
     def _record_base(self, folder: Path, number: int) -> None:
@@ -309,7 +309,7 @@ class _Run:
 
     def write_result(self) -> None:
         """Write the sum of the rounds, with what the folder of the first round has besides its adapter."""
-        saving, first = self.output_dir / _SAVING, self.folder(1)
+        saving, first = self.output_dir / SAVING, self.folder(1)
         folders = [self.folder(number) for number in range(1, self.rounds + 1)]
         sum_of_rounds(folders, self.alpha).save(saving, overwrite=True)
         of_first = read_provenance(first)
@@ -320,11 +320,4 @@ class _Run:
                 shutil.copyfile(path, saving / path.name)
         for name in _OF_ONE_ROUND:  # of an ordinary training that is overwritten
             (self.output_dir / name).unlink(missing_ok=True)
-        _move_files(saving, self.output_dir)
-
-
-def _move_files(source: Path, target: Path) -> None:
-    """Move the files of a saved adapter to where they belong: each whole, and the weights last."""
-    for path in sorted(source.iterdir(), key=lambda path: path.name == ADAPTER_WEIGHTS_FILE):
-        path.replace(target / path.name)
-    source.rmdir()
+        move_files(saving, self.output_dir)

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -44,6 +43,7 @@ from hf_unlearn.trainer.full_training import check_full_training, frozen_copy
 from hf_unlearn.trainer.method_hooks import MethodHooks
 from hf_unlearn.trainer.processes import EvenSampler, check_launch
 from hf_unlearn.trainer.reference_cache import ReferenceCache
+from hf_unlearn.trainer.saving import SavesWhole
 from hf_unlearn.trainer.sets import SAMPLED_FILE, TrainingSets, load_reference, sample_retain_rows, tokenized
 from hf_unlearn.trainer.unlearning_config import UnlearningConfig
 
@@ -83,7 +83,7 @@ class _RunCallback(TrainerCallback):
         self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
 
 
-class UnlearningTrainer(MethodHooks, AsksReference, SFTTrainer):
+class UnlearningTrainer(MethodHooks, AsksReference, SavesWhole, SFTTrainer):
     """
     Base class of the unlearning methods: two sets, one gradient forward, one reference.
 
@@ -487,9 +487,10 @@ class UnlearningTrainer(MethodHooks, AsksReference, SFTTrainer):
             self._save(output_dir, adapter)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        with self.saving_to(output_dir) as folder:
+            super()._save(str(folder), state_dict)
+            if not self.args.should_save:
+                return
             write_provenance(folder, self.provenance())
             if self.sampled_rows is not None:
                 write_rows(folder / SAMPLED_FILE, self.sampled_rows)

@@ -30,13 +30,12 @@ def test_a_model_that_never_knew():
     options = AuditOptions(
         attacks=("relearning", "system_prompt"), relearn_steps=1, relearn_learning_rate=1e-3, max_new_tokens=8
     )
-    sets = {name: f"people/{name}" for name in ("forget", "retain", "holdout")}
-    found = audit(model, tokenizer, sets["forget"], sets["retain"], holdout=sets["holdout"], options=options, limit=2)
+    found = audit(model, tokenizer, "people/forget", "people/retain", options=options, limit=2)
     assert digest(model) == before
     verdicts = {name: finding.verdict for name, finding in found.findings.items()}
-    assert "not run" not in verdicts.values() and verdicts["direct"] != "leaks"
+    assert verdicts["direct"] == "measured" and "not run" not in verdicts.values()
     steps = {each.x: each for each in found.findings["relearning"].measurements if each.set == "trained on"}
     learned = {step: each.figure("probability").value for step, each in steps.items()}
     assert list(learned) == [0, 1] and learned[1] > learned[0]
     asked = [each for each in found.findings["system_prompt"].measurements if each.variant == "system turn"]
-    assert [(each.set, len(each.answers)) for each in asked] == [("forget", 2), ("holdout", 2)]
+    assert [(each.set, len(each.answers)) for each in asked] == [("forget", 2)]

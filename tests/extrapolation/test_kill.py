@@ -79,7 +79,7 @@ def test_without_an_earlier_output_there_is_none(pair, tmp_path, moment):
         kill_at_some_byte(process, tmp_path)
     output, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL, output
-    (left,) = tmp_path.iterdir()
+    (left,) = (path for path in tmp_path.iterdir() if path.name != ".out.lock")
     assert left.name.startswith(".out.tmp-") and str(process.pid) in left.name
     run_again(pair, tmp_path / "out")
 

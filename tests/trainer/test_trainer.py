@@ -22,6 +22,7 @@ FORGET, RETAIN, HOLDOUT = tiny_rows(6, seed=1), tiny_rows(4, seed=2), tiny_rows(
 def config(tmp_path, **options) -> ExtrapolationConfig:
     defaults = {
         "output_dir": str(tmp_path / "run"),
+        "preset": "paper",
         "per_device_train_batch_size": 3,
         "num_train_epochs": 3,
         "learning_rate": 1e-2,
@@ -131,6 +132,16 @@ class TestConstruction:
     def test_options_that_make_no_sense_are_refused_by_name(self, tmp_path, option):
         with pytest.raises(UnlearningError, match=next(iter(option))):
             config(tmp_path, **option)
+
+    def test_preset(self, tmp_path):
+        names = ("memorization_temperature", "retain_kl_scale", "retain_kl_weight")
+
+        def values(**options) -> tuple[float, ...]:
+            return tuple(getattr(config(tmp_path, **options), name) for name in names)
+
+        assert values(preset=None) == (4.0, -1.0, 5.0)
+        assert values() == (1.0, 1.0, 1.0)
+        assert values(retain_kl_weight=3.0) == (1.0, 1.0, 3.0)
 
     def test_the_configuration_of_another_trainer(self, tmp_path):
         with pytest.raises(UnlearningError, match="TrainingArguments.*ExtrapolationConfig"):
@@ -319,5 +330,5 @@ class TestExtrapolation:
         record = json.loads((tmp_path / "memorising" / "unlearning.json").read_text())
         assert record["method"] == "model-extrapolation"
         assert record["base"]["fingerprint"]["dtype"] == "float32"
-        assert record["training"]["memorization_temperature"] == 4.0
+        assert record["training"]["memorization_temperature"] == 1.0
         assert "keep it private" in (tmp_path / "memorising" / "README.md").read_text()

@@ -1,0 +1,60 @@
+"""Hooks of mkdocs: what pages need from outside docs/ becomes part of the site, so that no link leads out of it."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+
+ROOT = Path(__file__).parents[2]
+PAGES = {"README.md": "overview.md", "recipes/README.md": "recipes/index.md"}  # file of the repository: page
+SOURCES = {page: source for source, page in PAGES.items()}
+FILES = ("LICENSE", "CITATION.cff", "constraints.txt", "recipes/**/*.yaml")
+NOTEBOOKS = "notebooks/*.ipynb"
+LINK = re.compile(r"(?P<text>\[[^\]]*\])\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
+FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages and files outside docs/, and a page for each notebook."""
+    for source, page in PAGES.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+    for path in (path for pattern in FILES for path in sorted(ROOT.glob(pattern))):
+        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    for path in sorted((ROOT / "docs").glob(NOTEBOOKS)):
+        page = path.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
+        files.append(File.generated(config, page, content=notebook_markdown(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links that leave docs/ to where their targets are on the site."""
+    uri = page.file.src_uri
+    source = SOURCES.get(uri, f"docs/{uri}")
+
+    def rewritten(match: re.Match) -> str:
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), match["target"]))
+        if "://" in match["target"] or (path.startswith("docs/") and uri not in SOURCES):
+            return match[0]
+        target = PAGES.get(path, path.removeprefix("docs/"))
+        return f"{match['text']}({posixpath.relpath(target, posixpath.dirname(uri) or '.')}{match['anchor'] or ''})"
+
+    parts = FENCE.split(markdown)
+    return "".join(part if part.startswith("```") else LINK.sub(rewritten, part) for part in parts)
+
+
+def notebook_markdown(path: Path) -> str:
+    """The cells of a notebook, without outputs, and a link to the notebook itself."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells]
+    parts = [
+        text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```"
+        for cell, text in zip(cells, texts, strict=True)
+    ]
+    return "\n\n".join([parts[0], f"This page is a notebook: [{path.name}]({path.name}).", *parts[1:], ""])
