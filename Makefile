@@ -31,7 +31,7 @@ test: setup lint
 
 # The site is in build/site then; the tests build it too. To read it, with search: python -m http.server -d build/site
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # A smoke test on the oldest and the newest versions of the stated ranges, each in a fresh environment under build/.
 compatibility:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from hf_unlearn import logging
+from hf_unlearn import logging as logging  # not in __all__, where it would hide that of Python
 
 
 __version__ = "0.1.0"
@@ -81,7 +81,6 @@ __all__ = [
     "extrapolate",
     "generate_answers",
     "load_rows",
-    "logging",
     "read_log",
     "sample_retain_set",
     "save_forget_adapter",

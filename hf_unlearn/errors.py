@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,11 @@ def explaining(what: str, remedy: str) -> Iterator[None]:
         yield
     except UnlearningError:
         raise
+    except pickle.UnpicklingError as error:  # torch's message advises to run it
+        raise UnlearningError(
+            f"{what}: its weights are no safetensors, and pickled with more than tensors in them, which can run code and is "
+            f"not read. {remedy}"
+        ) from error
     except (ValueError, OSError, SafetensorError) as error:
         reason = str(error).rstrip(".")
         raise UnlearningError(f"{what}: {reason}. {remedy}") from error

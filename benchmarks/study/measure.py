@@ -171,16 +171,17 @@ def train(
 
 
 class Checkpoints(TrainerCallback):
-    """Evaluates a baseline as it trains, and ends the training once the model is broken."""
+    """Evaluates a baseline after some steps, and ends the training once the model is broken or all of them are done."""
 
-    def __init__(self, trainer: Any, prepared: Prepared, target: Target) -> None:
+    def __init__(self, trainer: Any, prepared: Prepared, target: Target, steps: tuple[int, ...]) -> None:
+        self.steps = steps
         self.evaluator = prepared.evaluator(trainer.peft_model)
         self.target = target
         self.points: list[dict[str, Any]] = []
         self.seconds = 0.0  # of evaluation
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step not in STEPS:
+        if state.global_step not in self.steps:
             return
         start = time.process_time()
         training = self.evaluator.model.training
@@ -189,7 +190,7 @@ class Checkpoints(TrainerCallback):
         self.points.append(point(self.evaluator.evaluate(), state.global_step))
         self.evaluator.model.train(training)
         self.seconds += time.process_time() - start
-        if self.target.share(self.points[-1]) < COLLAPSED:
+        if self.target.share(self.points[-1]) < COLLAPSED or state.global_step == self.steps[-1]:
             control.should_training_stop = True
 
 
@@ -249,20 +250,36 @@ def sweep(
 def _run_baseline(prepared: Prepared, target: Target, method: Method, seed: int, work: Path) -> dict[str, Any]:
     attempts = []
     for multiple in method.learning_rates:
-        made: list[Checkpoints] = []
-
-        def callback(trainer: Any, made: list = made) -> Checkpoints:
-            made.append(Checkpoints(trainer, prepared, target))
-            return made[-1]
-
         folder = work / f"{method.name}-{multiple:g}-{seed}"
-        facts = train(prepared, method, seed, folder, learning_rate=multiple, callback=callback)
-        facts["seconds"] = round(facts["seconds"] - made[0].seconds, 1)
-        attempts.append(
-            {"learning_rate": multiple * prepared.setting.learning_rate} | facts | {"points": made[0].points}
-        )
+
+        def trained(steps: tuple[int, ...], multiple: float = multiple, folder: Path = folder) -> dict[str, Any]:
+            made: list[Checkpoints] = []
+
+            def callback(trainer: Any) -> Checkpoints:
+                made.append(Checkpoints(trainer, prepared, target, steps))
+                return made[-1]
+
+            facts = train(prepared, method, seed, folder, learning_rate=multiple, callback=callback)
+            facts["seconds"] = round(facts["seconds"] - made[0].seconds, 1)
+            return facts | {"points": made[0].points}
+
+        attempt = {"learning_rate": multiple * prepared.setting.learning_rate} | trained(STEPS)
+        finer = _steps_between(attempt["points"], target)
+        if finer:
+            attempt["points"] = sorted(attempt["points"] + trained(finer)["points"], key=lambda p: p["strength"])
+        attempts.append(attempt)
     best = max(attempts, key=lambda attempt: best_quality(attempt["points"], target))
     return best | {"attempts": [attempt for attempt in attempts if attempt is not best]}
+
+
+def _steps_between(points: list[dict[str, Any]], target: Target) -> tuple[int, ...]:
+    """Steps between the last within the budget and the next, where another training with the same seed is looked at."""
+    left = next((n for n, figures in enumerate(points) if target.share(figures) < MIN_UTILITY), None)
+    if left is None:
+        return ()
+    low, high = (points[left - 1]["strength"] if left else 0), points[left]["strength"]
+    between = {round(low + (high - low) * part / (REFINEMENTS + 1)) for part in range(1, REFINEMENTS + 1)}
+    return tuple(sorted(between - {low, high}))
 
 
 def best_quality(points: Iterable[dict[str, Any]], target: Target) -> float:

@@ -36,7 +36,7 @@ def _section(match: re.Match) -> str:
         items = [" ".join(item.split()) for item in re.split(r"\n(?=\S)", body)]
         items.sort(key=lambda item: item.startswith("> "))  # a remark on further options goes below the list
         body = "\n".join(f"\n{item[2:]}." if item.startswith("> ") else f"- {_item(item)}" for item in items)
-    return f"**{TITLES.get(title, title)}**\n\n{body}\n\n"
+    return "\n\n".join(part for part in (f"**{TITLES.get(title, title)}**", body.strip()) if part) + "\n\n"
 
 
 def _item(text: str) -> str:

@@ -13,24 +13,40 @@ from mkdocs.structure.pages import Page
 
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"README.md": "overview.md", "recipes/README.md": "recipes/index.md"}  # file of the repository: page
+PAGES = {  # file of the repository: page of the site
+    "README.md": "overview.md",
+    "CHANGELOG.md": "changelog.md",
+    "recipes/README.md": "recipes/index.md",
+}
 SOURCES = {page: source for source, page in PAGES.items()}
-FILES = ("LICENSE", "CITATION.cff", "constraints.txt", "recipes/**/*.yaml")
 NOTEBOOKS = "notebooks/*.ipynb"
 LINK = re.compile(r"(?P<text>\[[^\]]*\])\((?P<target>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages and files outside docs/, and a page for each notebook."""
+    """Add the pages outside docs/ and the files that pages link to, and a page for each notebook."""
+    sources = [*PAGES, *(f"docs/{file.src_uri}" for file in files.documentation_pages())]
+    linked = {path for source in sources for path in _links_of(source) if not path.startswith(("docs/", ".."))}
     for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
-    for path in (path for pattern in FILES for path in sorted(ROOT.glob(pattern))):
-        files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
+    for path in sorted(path for path in linked - {*PAGES} if (ROOT / path).is_file()):
+        files.append(File.generated(config, path, abs_src_path=str(ROOT / path)))
     for path in sorted((ROOT / "docs").glob(NOTEBOOKS)):
         page = path.relative_to(ROOT / "docs").with_suffix(".md").as_posix()
         files.append(File.generated(config, page, content=notebook_markdown(path)))
     return files
+
+
+def _links_of(source: str) -> set[str]:
+    """Files that a page links to, from the root of the repository."""
+    text = FENCE.sub("", (ROOT / source).read_text(encoding="utf-8"))
+    targets = (match["target"] for match in LINK.finditer(text) if "://" not in match["target"])
+    return {_from_root(source, target) for target in targets}
+
+
+def _from_root(source: str, target: str) -> str:
+    return posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -39,7 +55,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     source = SOURCES.get(uri, f"docs/{uri}")
 
     def rewritten(match: re.Match) -> str:
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), match["target"]))
+        path = _from_root(source, match["target"])
         if "://" in match["target"] or (path.startswith("docs/") and uri not in SOURCES):
             return match[0]
         target = PAGES.get(path, path.removeprefix("docs/"))

@@ -57,7 +57,10 @@ _hf_unlearn() {
 }
 complete -o default -F _hf_unlearn hf-unlearn
 """
-ZSH = "autoload -Uz compinit bashcompinit && compinit && bashcompinit\n" + BASH
+ZSH = (
+    "(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }\n"
+    "autoload -Uz bashcompinit && bashcompinit\n" + BASH
+)
 
 
 @dataclass

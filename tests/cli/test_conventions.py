@@ -258,55 +258,43 @@ class TestLogging:
         assert not are_progress_bars_disabled()
 
 
-class TestColours:
-    def run(self, adapter, tmp_path, **environment: str) -> str:
-        """What a command prints on a terminal whose table has a title, which is in italics there."""
-        command = [sys.executable, "-m", "hf_unlearn.cli", "extrapolate", "--adapter", adapter, "--alpha", "2"]
-        command += ["--output_dir", str(tmp_path / "m"), "--dry_run"]
-        environment = {**os.environ, "TERM": "xterm-256color", **environment}
-        ours, theirs = pty.openpty()
-        process = subprocess.Popen(command, stdout=theirs, env=environment)
-        os.close(theirs)
-        printed = b""
-        while True:
-            try:
-                part = os.read(ours, 4096)
-            except OSError:  # the other end is closed
-                break
-            if not part:
-                break
-            printed += part
-        os.close(ours)
-        assert process.wait() == 0
-        return printed.decode("utf-8")
+def test_what_is_no_terminal_gets_no_escape_sequences(adapter, tmp_path, capfd):
+    command = ["extrapolate", "--adapter", adapter, "--alpha", "2", "--output_dir", str(tmp_path / "m"), "--dry_run"]
+    assert main(command) == 0
+    printed = capfd.readouterr().out
+    assert "model.safetensors" in printed and "\x1b" not in printed
 
-    def test_what_is_no_terminal_gets_none(self, adapter, tmp_path, capfd):
-        command = [
-            "extrapolate",
-            "--adapter",
-            adapter,
-            "--alpha",
-            "2",
-            "--output_dir",
-            str(tmp_path / "m"),
-            "--dry_run",
-        ]
-        assert main(command) == 0
-        printed = capfd.readouterr().out
-        assert "model.safetensors" in printed and "\x1b" not in printed
 
-    def test_a_terminal_gets_them(self, adapter, tmp_path):
-        assert "\x1b[3" in self.run(adapter, tmp_path)
+def test_variables_of_the_environment(files, tmp_path):
+    """A process on a terminal, as they are read at import: NO_COLOR leaves bold numbers, HF_HOME takes what is kept."""
+    home = tmp_path / "home"
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    environment |= {"NO_COLOR": "1", "TERM": "xterm-256color"}
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
+        environment.pop(name, None)
+    command = [sys.executable, "-m", "hf_unlearn.cli", "sample", "--output_file", str(tmp_path / "rows.jsonl")]
+    command += ["--num_rows", "3", "--max_new_tokens", "3", "--model_name_or_path", files["model"]]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdout=theirs, stderr=subprocess.DEVNULL, env=environment)
+    os.close(theirs)
+    printed = read_terminal(ours)
+    assert process.wait() == 0
+    assert "rows written to" in printed and "\x1b[1m" in printed
+    codes = {int(code) for part in printed.split("\x1b[")[1:] for code in part.split("m")[0].split(";") if code}
+    assert not codes & {*range(30, 39), *range(40, 49), *range(90, 98), *range(100, 108)}
+    assert list((home / "hf_unlearn" / "retain").glob("*.json"))
 
-    def test_unless_it_is_dumb(self, adapter, tmp_path):
-        printed = self.run(adapter, tmp_path, TERM="dumb")
-        assert "model.safetensors" in printed and "\x1b" not in printed
 
-    def test_or_no_color_is_set(self, adapter, tmp_path):
-        printed = self.run(adapter, tmp_path, NO_COLOR="1")
-        assert "model.safetensors" in printed
-        codes = {int(code) for part in printed.split("\x1b[")[1:] for code in part.split("m")[0].split(";") if code}
-        assert not codes & {*range(30, 39), *range(40, 49), *range(90, 98), *range(100, 108)}
+def read_terminal(file: int) -> str:
+    """Everything up to the end of the program."""
+    printed = b""
+    with os.fdopen(file, "rb", buffering=0) as terminal:
+        try:
+            while part := terminal.read(4096):
+                printed += part
+        except OSError:  # how Linux says that the other end is closed
+            pass
+    return printed.decode("utf-8")
 
 
 class TestReporting:
@@ -325,19 +313,6 @@ class TestReporting:
         assert main([*command, "--output_dir", str(tmp_path / "s")]) == 2
         assert "pip install wandb" in capsys.readouterr().err
         assert not (tmp_path / "s").exists()
-
-
-def test_the_variables_of_the_hub(files, tmp_path):
-    """A process of its own, as they are read at import."""
-    home = tmp_path / "home"
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    command = [sys.executable, "-m", "hf_unlearn.cli", "sample", "--output_file", str(tmp_path / "rows.jsonl")]
-    command += ["--num_rows", "3", "--max_new_tokens", "3", "--model_name_or_path"]
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "XDG_CACHE_HOME"):
-        environment.pop(name, None)
-    result = subprocess.run([*command, files["model"]], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert [path for path in (home / "hf_unlearn" / "retain").rglob("*") if path.is_file()]
 
 
 class TestCompletion:
@@ -379,7 +354,7 @@ class TestCompletion:
             (["requests", "revoke", "one", "--rea"], ["--reason"]),
             (["requests", "add", "--learning_ra"], ["--learning_rate"]),
             (["train", "--method", "np"], ["npo"]),
-            (["train", "--npo_b"], []),
+            (["train", "--npo_b"], ["--npo_beta"]),  # of a method other than the default
             (["completion", "--shell", "f"], ["fish"]),
             (["nonsense", "--"], []),
         ],
@@ -404,11 +379,12 @@ class TestCompletion:
             "--reference_model",
         ]
 
-    def test_zsh(self, scripts):
+    def test_zsh(self, scripts, tmp_path):
         if shutil.which("zsh") is None:
             pytest.skip("zsh is not installed")
         code = f"source {scripts['zsh']}; print $_comps[hf-unlearn]"
-        result = subprocess.run(["zsh", "-f", "-c", code], capture_output=True, text=True, check=True)
+        environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+        result = subprocess.run(["zsh", "-f", "-c", code], capture_output=True, text=True, check=True, env=environment)
         assert "_hf_unlearn" in result.stdout
 
     def test_the_command_prints_the_script(self, scripts, capsys):

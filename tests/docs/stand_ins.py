@@ -18,15 +18,15 @@ from hf_unlearn.cli import main
 
 MODELS = {
     "BASE", "HuggingFaceH4/zephyr-7b-beta", "HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-360M-Instruct", "M",
-    "base-model", "clean", "meta-llama/Llama-3.1-70B-Instruct", "org/name", "quickstart/planted-model", "target",
+    "base-model", "clean", "meta-llama/Llama-3.1-70B-Instruct", "quickstart/planted-model", "target",
 }  # fmt: skip
 ADAPTERS = {  # name: seed of its training
     "run": 0, "forget-run": 0, "new-run": 0, "retain-run": 1, "seed-0": 0, "seed-1": 1, "seed-2": 2, "averaged": 0, "vector": 0,
     "runs/custom-adapter": 0, "runs/muse-adapter": 0, "runs/people-adapter": 0,
-    "runs/seed-0": 0, "runs/seed-1": 1, "runs/tofu-adapter": 0, "runs/wmdp-adapter": 0,
+    "runs/run": 0, "runs/seed-0": 0, "runs/seed-1": 1, "runs/tofu-adapter": 0, "runs/wmdp-adapter": 0,
 }  # fmt: skip
 FORGET_MODELS = {
-    "forget-model", "quickstart/result/forget-model", "retrained", "runs/muse-forget-model", "runs/tofu-forget-model",
+    "forget-model", "quickstart/result/forget-model", "retrained", "runs/forget-model", "runs/muse-forget-model", "runs/tofu-forget-model",
 }  # fmt: skip
 FORGET_ADAPTERS = {"forget-adapter", "runs/custom-forget-adapter"}
 SETS = {"forget": 0, "retain": 1, "holdout": 2, "request-1": 3, "request-2": 4, "request-3": 5}  # name: seed

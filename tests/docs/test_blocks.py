@@ -29,7 +29,7 @@ RUN_ELSEWHERE = (
     "docs/evaluate.md",
 )  # test_docs.py: their Python
 # On these pages a block goes on where the one before ended, so all commands do their work.
-IN_ORDER = ("README.md", "docs/requests.md", "docs/guides/")
+IN_ORDER = ("docs/requests.md", "docs/guides/")
 OUTPUTS = ("--output_dir", "--output_file", "--ledger")
 WITHOUT_TRIAL = (["requests", "list"], ["requests", "show"])  # they write nothing, so they have no --dry_run
 SMALL = {  # what makes work of seconds of a command, appended to it
@@ -37,7 +37,7 @@ SMALL = {  # what makes work of seconds of a command, appended to it
     "sample": "--num_rows 2 --max_new_tokens 4",
     "sweep": "--alphas 1 --refinements 1 --max_new_tokens 4",
     "eval": "--max_new_tokens 4",
-    "audit": "--relearn_steps 1 --max_new_tokens 4 --attacks prefix membership",
+    "audit": "--max_new_tokens 4 --attacks prefix membership",
 }
 MAY_MISS = ("sweep", "eval", "audit")  # exit code 1 on a random model: the rule is missed, or it speaks no language
 DATE = "2026-11-25"  # of the requests on the pages
@@ -100,9 +100,10 @@ def run_command(words: list[str], snippet: Snippet, stand_ins: StandIns) -> None
 
 
 def parse(argv: list[str]) -> None:
-    """Parse what follows `hf-unlearn`; an unknown option is an error."""
+    """Parse what follows `hf-unlearn`, and nothing more: its configuration may be of many processes."""
     start = next((index for index, word in enumerate(argv) if word.startswith("-")), len(argv))
-    parser_of(*argv[:start], *argv[start:]).parse(argv[start:])
+    _, unknown = parser_of(*argv).parse_known_args(argv[start:])
+    assert not unknown, " ".join(argv)
 
 
 def run_own(argv: list[str], snippet: Snippet, stand_ins: StandIns) -> None:
@@ -112,6 +113,7 @@ def run_own(argv: list[str], snippet: Snippet, stand_ins: StandIns) -> None:
     argv = [word.replace(DATE, datetime.now(timezone.utc).date().isoformat()) for word in argv]
     trains = command == "train" or (argv[:2] == ["requests", "add"] and "--adapter" not in argv)
     trial = not in_order(snippet) or {"--accelerate_config", "--load_in_4bit", "--dry_run"} & {*argv}
+    trial = trial or any(word.endswith("_qlora.yaml") for word in argv)
     if trial and argv[:2] not in WITHOUT_TRIAL and "--log" not in argv:
         argv = [word for word in argv if word != "--dry_run"] + ["--dry_run"]
     elif SMALL.get("train" if trains else command):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import logging
+import functools
 import re
+import shutil
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import command_reference
 import pytest
@@ -33,26 +36,8 @@ def site(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("NO_MKDOCS_2_WARNING", "1")
-        config = load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True)
-        counter = _Warnings()
-        logging.getLogger("mkdocs").addHandler(counter)
-        try:
-            build(config)
-        finally:
-            logging.getLogger("mkdocs").removeHandler(counter)
-    assert not counter.messages
+        build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True))
     return folder
-
-
-class _Warnings(logging.Handler):
-    """Collects what a strict build stops at."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
 
 
 class TestSite:
@@ -75,10 +60,30 @@ class TestSite:
         assert 'href="../data.html#row-shapes"' in (site / "recipes" / "index.html").read_text(encoding="utf-8")
         assert 'href="method.html"' in (site / "overview.html").read_text(encoding="utf-8")
 
-    def test_the_search_knows_the_pages(self, site):
-        index = (site / "search" / "search_index.json").read_text(encoding="utf-8")
-        assert '"location":"guides/several-requests.html"' in index
-        assert '"location":"method.html#choosing-\\u03b1"' in index or '"location":"method.html#choosing-α"' in index
+    @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on the PATH")
+    def test_the_search_finds_a_page_in_a_browser(self, site):
+        sync_api = pytest.importorskip("playwright.sync_api")
+        handler = functools.partial(_Quiet, directory=str(site))
+        with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, sync_api.sync_playwright() as playwright:
+            Thread(target=server.serve_forever, daemon=True).start()
+            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            page = browser.new_page()
+            requested = []
+            page.on("request", lambda request: requested.append(request.url))
+            home = f"http://127.0.0.1:{server.server_port}/"
+            page.goto(f"{home}index.html?q=ledger")
+            links = page.locator("a.md-search-result__link[href*='requests.html']")
+            sync_api.expect(links.first).to_be_visible(timeout=60_000)
+            browser.close()
+            server.shutdown()
+        assert all(url.startswith((home, "data:", "blob:")) for url in requested), requested
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    """Serves files without a log."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
 
 
 class TestReference:

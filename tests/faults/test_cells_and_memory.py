@@ -61,7 +61,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_figures_stay(monkeypatch):
     def small_memory(self, input_ids, *args, **kwargs):
         sizes.append(len(input_ids))
         if len(input_ids) > 3:
-            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return forward(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(type(model.base_model), "forward", small_memory)

@@ -18,6 +18,7 @@ from hf_unlearn.trainer.reference_cache import CachePlan, RowFile, plan_cache
 def make_trainer(tmp_path, *, forget=6, retain=5, **options) -> ExtrapolationTrainer:
     args = {
         "output_dir": str(tmp_path / "run"),
+        "preset": "paper",
         "per_device_train_batch_size": 2,
         "num_train_epochs": 3,
         "learning_rate": 1e-3,
