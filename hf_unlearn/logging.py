@@ -64,12 +64,12 @@ def set_verbosity_error() -> None:
 
 
 def enable_progress_bar() -> None:
-    """Show the progress bars of datasets, transformers and huggingface_hub again."""
+    """Show progress bars again: those of this package, and those that datasets, transformers and the Hub show for it."""
     _switch_progress_bars("enable")
 
 
 def disable_progress_bar() -> None:
-    """Show no progress bars of datasets, transformers and huggingface_hub: of loading and downloading."""
+    """Show no progress bars: none of this package, and none that datasets, transformers and the Hub show for it."""
     _switch_progress_bars("disable")
 
 
@@ -77,7 +77,7 @@ def _switch_progress_bars(switch: str) -> None:
     import datasets  # here, so that the import of this package is light
     from transformers.utils import logging as transformers_logging
 
-    getattr(transformers_logging, f"{switch}_progress_bar")()  # those of the Hub too
+    getattr(transformers_logging, f"{switch}_progress_bar")()  # those of the Hub too, whose bars this package uses
     getattr(datasets, f"{switch}_progress_bars")()
 
 

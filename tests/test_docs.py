@@ -34,6 +34,7 @@ from hf_unlearn.evaluation.aggregates import ATTACKS, MEANS, RATES
 from hf_unlearn.evaluation.logs import HEADLINES
 from hf_unlearn.evaluation.metrics import RougeScores
 from hf_unlearn.trainer import ExtrapolationConfig
+from hf_unlearn.trainer.extrapolation_config import PRESETS
 
 
 ROOT = Path(__file__).parents[1]
@@ -120,17 +121,14 @@ class TestOptions:
         assert sorted(documented) == sorted(expected)
 
     def test_levers_of_the_readme(self):
-        kinds = {"default": ExtrapolationConfig, "quickstart": QuickstartArguments}
-        fields = {
-            column: {field.name: default_of(field) for field in dataclasses.fields(kind)}
-            for column, kind in kinds.items()
-        }
+        defaults = {field.name: default_of(field) for field in dataclasses.fields(ExtrapolationConfig)}
+        quickstart = {field.name: default_of(field) for field in dataclasses.fields(QuickstartArguments)}
         rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|", read(ROOT / "README.md"), re.MULTILINE)
         assert len(rows) == 5
-        for name, default, quickstart in rows:
-            assert float(default) == fields["default"][name], name
-            if name in fields["quickstart"]:
-                assert float(quickstart.replace("−", "-")) == fields["quickstart"][name], name
+        for name, paper, default in rows:
+            assert float(default.replace("−", "-")) == defaults[name], name
+            assert float(paper) == PRESETS["paper"].get(name, float(paper)), name
+            assert quickstart.get(name, defaults[name]) == defaults[name], name
 
     def test_exit_codes(self):
         rows = re.findall(r"^\| (\d+) \|", read(ROOT / "docs" / "index.md"), re.MULTILINE)

@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
-from tqdm.auto import tqdm
+from huggingface_hub.utils import tqdm
 
 from hf_unlearn.errors import UnlearningError
 

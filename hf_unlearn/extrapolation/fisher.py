@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.utils import tqdm
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_unlearn.data import drop_untrainable, encode_set, load_rows

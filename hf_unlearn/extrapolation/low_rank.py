@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import tqdm
 from peft import LoraConfig
-from tqdm.auto import tqdm
 
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.adapter import (

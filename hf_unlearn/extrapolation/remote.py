@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from huggingface_hub import hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
-from tqdm.auto import tqdm
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff, tqdm
 
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation.checkpoint import (

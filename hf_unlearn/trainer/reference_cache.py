@@ -20,7 +20,7 @@ from pathlib import Path
 import datasets
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
+from huggingface_hub.utils import tqdm
 
 from hf_unlearn.data.pairing import FILLER, PairCollator, PairedDataset
 from hf_unlearn.errors import UnlearningError

@@ -183,16 +183,16 @@ def test_dry_run_writes_nothing(files, adapter, run, tmp_path, capsys, operator)
         (["--operator", "average", "--adapters", "A", "A", "--eta", "0.5"], "--eta has no effect"),
         (["--operator", "average", "--adapters", "A", "A", "--base", "M"], "--base has no effect"),
         (["--operator", "average", "--adapters", "A", "A", "--forget_dataset", "F"], "--forget_dataset has no effect"),
-        (["--operator", "average", "--adapters", "A", "A", "--alpha", "1"], "--alpha has no effect"),
-        (["--operator", "average", "--adapters", "A", "A", "--rank", "0"], "--rank 0"),
+        (["--operator", "average", "--adapters", "A", "B", "--alpha", "1"], "--alpha has no effect"),
+        (["--operator", "average", "--adapters", "A", "B", "--rank", "0"], "--rank 0"),
         (["--operator", "momentum", "--adapters", "A"], "1 `checkpoint-*` folders"),
-        (["--operator", "momentum", "--adapters", "A", "A", "--eta", "1"], "eta=1"),
+        (["--operator", "momentum", "--adapters", "A", "B", "--eta", "1"], "eta=1"),
         (["--operator", "retain_vector", "--adapters", "A", "--retain_adapter", "A"], "Nothing is left"),
-        (["--operator", "consensus", "--adapters", "A", "A"], "needs --alpha"),
-        (["--operator", "consensus", "--adapters", "A", "A", "--alpha", "-1"], "alpha=-1"),
-        (["--operator", "consensus", "--adapters", "A", "A", "--alpha", "1", "--dtype", "int8"], "dtype='int8'"),
+        (["--operator", "consensus", "--adapters", "A", "B"], "needs --alpha"),
+        (["--operator", "consensus", "--adapters", "A", "B", "--alpha", "-1"], "alpha=-1"),
+        (["--operator", "consensus", "--adapters", "A", "B", "--alpha", "1", "--dtype", "int8"], "dtype='int8'"),
         (
-            ["--operator", "consensus", "--adapters", "A", "A", "--rank", "2", "--alpha", "1", "--dtype", "float16"],
+            ["--operator", "consensus", "--adapters", "A", "B", "--rank", "2", "--alpha", "1", "--dtype", "float16"],
             "--alpha, --dtype have no effect with --rank",
         ),
         (
@@ -205,8 +205,8 @@ def test_dry_run_writes_nothing(files, adapter, run, tmp_path, capsys, operator)
         (["--operator", "average", "--adapters", "A", "M"], "adapter_config.json"),
     ],
 )
-def test_errors(files, adapter, tmp_path, capsys, options, named):
-    places = {"A": adapter, "M": files["model"], "F": files["forget"]}
+def test_errors(files, adapter, run, tmp_path, capsys, options, named):
+    places = {"A": adapter, "B": run, "M": files["model"], "F": files["forget"]}
     arguments = ["combine", "--output_dir", str(tmp_path / "out"), *(places.get(option, option) for option in options)]
     assert main(arguments) == 2
     assert named in capsys.readouterr().err

@@ -239,6 +239,10 @@ class TestLogging:
         finally:
             hf_unlearn.logging.set_verbosity(before)
 
+    def test_every_bar_of_the_package_obeys(self):
+        for path in Path(hf_unlearn.__file__).parent.rglob("*.py"):
+            assert "from tqdm" not in path.read_text(encoding="utf-8"), path
+
     def test_progress_bars_stay_off_while_models_are_loaded(self):
         import datasets
         from huggingface_hub.utils import are_progress_bars_disabled

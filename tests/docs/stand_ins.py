@@ -74,16 +74,17 @@ class StandIns:
         if name == "data/tofu":
             return self.tofu()
         if name.endswith("/TOFU_EVAL.json") or name.startswith("logs/"):
-            return self.log() / "TOFU_EVAL.json" if name.endswith(".json") else self.log()
+            log = self.log(retrained="retain90" in name)
+            return log / "TOFU_EVAL.json" if name.endswith(".json") else log
         if name == "cais/wmdp-corpora":
             return self.documents()
         return None
 
     @cache  # noqa: B019
-    def model(self) -> Path:
+    def model(self, seed: int = 0) -> Path:
         """A tiny chat model."""
-        folder = self.folder / "model"
-        tiny_llama().save_pretrained(folder)
+        folder = self.folder / f"model-{seed}"
+        tiny_llama(seed).save_pretrained(folder)
         tokenizer = tiny_tokenizer()
         tokenizer.chat_template = TEMPLATE
         tokenizer.save_pretrained(folder)
@@ -141,9 +142,9 @@ class StandIns:
         return self.folder / "tofu"
 
     @cache  # noqa: B019
-    def log(self) -> Path:
-        folder = self.folder / "log"
-        options = ("--model", str(self.model()), "--protocol", "tofu", "--data_dir", str(self.tofu()))
+    def log(self, retrained: bool) -> Path:
+        folder = self.folder / f"log-{retrained}"
+        options = ("--model", str(self.model(int(retrained))), "--protocol", "tofu", "--data_dir", str(self.tofu()))
         assert main(["eval", *options, "--output_dir", str(folder)]) in (0, 1)  # 1: it speaks no language
         return folder
 
