@@ -198,7 +198,9 @@ class CommandParser(TrlParser):
         Take the options of a configuration file as if they were flags: argparse converts and checks text alone, so what
         is not of the option's own type becomes text, and lists and mappings are refused where the option has none.
         """
-        kinds = {f.name: str(f.type) for kind in self.dataclass_types for f in fields(kind)}
+        classes = [base for kind in self.dataclass_types for base in reversed(kind.__mro__)]
+        # As they are written: the parser has replaced the types of the fields by those that it converts to.
+        kinds = {name: str(kind) for base in classes for name, kind in vars(base).get("__annotations__", {}).items()}
         for name, value in options.items():
             if value is None or name not in kinds or type(value).__name__ in kinds[name]:
                 continue
