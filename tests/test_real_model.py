@@ -51,6 +51,7 @@ def test_training_and_all_ways_to_the_forget_model(smollm2, tmp_path):
             learning_rate=1e-3,
             warmup_steps=0,
             retain_kl_scale=-1.0,
+            retain_kl_weight=1.0,
             memorization_temperature=4.0,
             gradient_checkpointing=False,
             report_to="none",

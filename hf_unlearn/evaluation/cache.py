@@ -54,14 +54,13 @@ class ResultCache:
 
     Args:
         folder (`str` or `Path`):
-            Where the files are. Made if missing. A line cut short by an interruption is left out. Of several
+            Where the files are. Made with the first result. A line cut short by an interruption is left out. Of several
             processes, all must make one together; they share what each of them finds.
     """
 
     def __init__(self, folder: str | Path) -> None:
         state = process_state()
         self.folder = Path(folder).expanduser()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._results: dict[str, Any] = {}
         for file in sorted(self.folder.glob("*.jsonl")):
             for line in file.read_text(encoding="utf-8").splitlines():
@@ -80,6 +79,7 @@ class ResultCache:
     def put(self, results: dict[str, Any]) -> None:
         """Keep results by their keys, in memory and on disk."""
         lines = [json.dumps({key: value}) + "\n" for key, value in results.items()]  # ASCII: no cut within a character
+        self.folder.mkdir(parents=True, exist_ok=True)
         with open(self._file, "a", encoding="utf-8") as file:
             if file.tell() and not self._ends_with_newline():
                 file.write("\n")

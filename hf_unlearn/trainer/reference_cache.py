@@ -160,7 +160,8 @@ class ReferenceCache:
         """What the reference says of a micro-batch."""
         outputs: dict[str, torch.Tensor | None] = {"forget": None, "retain": None}
         for name, file in self._files.items():
-            rows = batch.rows[batch.is_forget if name == "forget" else ~batch.is_forget].tolist()
+            of_set = batch.is_forget if name == "forget" else ~(batch.is_forget | batch.is_alternate)
+            rows = batch.rows[of_set].tolist()
             outputs[name] = file.read(rows).to(batch.labels.device, non_blocking=True)
         return Reference(outputs["retain"], outputs["forget"])
 

@@ -206,7 +206,7 @@ def test_dry_run_writes_nothing(files, adapter, run, tmp_path, capsys, operator)
     ],
 )
 def test_errors(files, adapter, run, tmp_path, capsys, options, named):
-    places = {"A": adapter, "B": run, "M": files["model"], "F": files["forget"]}
+    places = {"A": adapter, "B": str(run), "M": files["model"], "F": files["forget"]}
     arguments = ["combine", "--output_dir", str(tmp_path / "out"), *(places.get(option, option) for option in options)]
     assert main(arguments) == 2
     assert named in capsys.readouterr().err

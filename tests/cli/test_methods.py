@@ -76,7 +76,7 @@ def test_help_is_that_of_the_method(method, option, capsys):
         (["--method", "nonsense"], "nonsense"),
         (
             ["--method", "pdu", "--npo_beta", "1"],
-            "--npo_beta is an option of --method extrapolation, task-vector, npo",
+            "--npo_beta is an option of --method extrapolation, task-vector, targeted, npo",
         ),
         (["--rmu-layer", "1"], "--rmu_layer is an option of --method rmu, and this run is by extrapolation"),
         (["--method", "altpo"], "alternate_column"),

@@ -47,6 +47,7 @@ def build(
 ) -> ExtrapolationTrainer:
     config = ExtrapolationConfig(
         output_dir=str(output_dir),
+        preset="paper",
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=1,  # the loss of a set is the mean of its batches' losses
         gradient_accumulation_steps=2,

@@ -59,6 +59,7 @@ def process(folder):
         stderr=(folder / "stderr").open("w"),
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     ) as process:
         yield process
         process.kill()

@@ -124,10 +124,10 @@ FORGET_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("retain_kl_weight", [0.0, 0.5])
-def test_gradients_of_the_targeted_form_equal_brute_force(tmp_path, retain_kl_weight, monkeypatch):
+@pytest.mark.parametrize(("retain_kl_weight", "cached"), [(0.0, False), (0.5, False), (0.5, True)])
+def test_gradients_of_the_targeted_form_equal_brute_force(tmp_path, retain_kl_weight, cached, monkeypatch):
     recorder = GradientRecorder()
-    options = {"target_weight": 0.3, "retain_kl_weight": retain_kl_weight, "reference_cache": False}
+    options = {"target_weight": 0.3, "retain_kl_weight": retain_kl_weight, "reference_cache": cached}
     trainer = make(tmp_path, "targeted", batch_size=3, accumulation=2, callbacks=[recorder], **options)
     order = record_order(trainer, monkeypatch)
     trainer.train()

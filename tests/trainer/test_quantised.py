@@ -38,6 +38,7 @@ def make(model, output_dir, trainer_options=None, **options) -> ExtrapolationTra
         "per_device_train_batch_size": 3,
         "num_train_epochs": 3,
         "learning_rate": 1e-2,
+        "preset": "paper",
         "warmup_steps": 0,
         "save_strategy": "no",
         "disable_tqdm": True,

@@ -26,6 +26,7 @@ def main(model: str, output_dir: str, batch_size: str) -> None:
             output_dir=output_dir,
             per_device_train_batch_size=int(batch_size),
             num_train_epochs=2,
+            preset="paper",
             learning_rate=1e-3,
             warmup_steps=0,
             save_strategy="no",
