@@ -26,7 +26,7 @@ from hf_unlearn.audit.findings import (
 from hf_unlearn.data.formats import text_of
 from hf_unlearn.evaluation.plots import BLUE, GREEN, PURPLE, VERMILLION, Panel, figure_of
 from hf_unlearn.evaluation.report import FOLDER as REPORT_PAGE
-from hf_unlearn.evaluation.report import to_svg
+from hf_unlearn.evaluation.report import page_templates, to_svg
 
 
 PAGE = Path(__file__).parent / "page"
@@ -281,11 +281,4 @@ def _legend(axes: Axes) -> None:
 
 @cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("audit.html.jinja")
+    return page_templates(PAGE).get_template("audit.html.jinja")

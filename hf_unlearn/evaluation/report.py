@@ -373,15 +373,20 @@ def _embedded(content: Any) -> str:
     return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
+def page_templates(folder: Path) -> jinja2.Environment:
+    """The templates of the pages in a folder: what they show is escaped, and a missing value is an error."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = page_templates(FOLDER)
     environment.filters |= {"number": _number, "interval": _interval, "alpha": alpha_label, "embedded": _embedded}
     return environment.get_template("page.html.jinja")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from urllib.parse import urlsplit
+
+from local_server import LocalServer
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -16,7 +17,7 @@ REPOSITORY = "org/model"
 
 
 @dataclass
-class LocalHub:
+class LocalHub(LocalServer):
     """
     Serves one folder as the repository `org/model` at one commit, weights by redirection as the Hub does.
 
@@ -35,21 +36,6 @@ class LocalHub:
     broken: set[str] = field(default_factory=set)
     ignores_range: bool = False
     on_download: object = None
-
-    def __enter__(self) -> LocalHub:
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self.thread = Thread(target=self.server.serve_forever, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
 
     @property
     def cdn_url(self) -> str:
@@ -130,3 +116,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _etag(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+LocalHub.handler = _Handler

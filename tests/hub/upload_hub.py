@@ -7,9 +7,11 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
+from http.server import BaseHTTPRequestHandler
+from threading import Lock
 from urllib.parse import unquote, urlsplit
+
+from local_server import LocalServer
 
 
 TOKEN = "hf_of_the_test"
@@ -62,7 +64,7 @@ class Repository:
 
 
 @dataclass
-class UploadHub:
+class UploadHub(LocalServer):
     """
     A Hub with one user, `me`, who may write in `lab` and read in `library`.
 
@@ -81,21 +83,6 @@ class UploadHub:
     user: dict = field(default_factory=lambda: json.loads(json.dumps(USER)))
     storage: dict[str, bytes] = field(default_factory=dict)
     lock: Lock = field(default_factory=Lock)
-
-    def __enter__(self) -> UploadHub:
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self.thread = Thread(target=self.server.serve_forever, daemon=True)
-        self.thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
 
     def files(self, id: str, branch: str = "main") -> dict[str, bytes]:
         """What was uploaded to a branch."""
@@ -274,3 +261,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _xet(self, body: bytes, id: str, revision: str) -> None:
         self._answer(404, {"error": "This server has no such storage"})
+
+
+UploadHub.handler = _Handler
