@@ -20,3 +20,14 @@ def tiny_model_dir(tmp_path_factory) -> Path:
     tiny_llama().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def evaluate_caches(tmp_path_factory) -> Path:
+    """Where `evaluate` keeps what it loads: one place for all tests, as Python imports the modules in it once."""
+    evaluate = pytest.importorskip("evaluate")
+    caches = tmp_path_factory.mktemp("evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_MODULES_CACHE", "HF_METRICS_CACHE"):
+            patch.setattr(evaluate.config, name, caches / name.lower())
+        yield caches

@@ -188,10 +188,9 @@ class TestExamples:
     @pytest.mark.parametrize(
         "names", [["README.md"], ["docs/python.md", "docs/extrapolate.md"], ["docs/evaluate.md"]], ids=" ".join
     )
+    @pytest.mark.usefixtures("evaluate_caches")
     def test_they_run_in_order(self, names, tiny_model_dir, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        for cache in ("HF_MODULES_CACHE", "HF_METRICS_CACHE"):
-            monkeypatch.setattr(f"evaluate.config.{cache}", tmp_path / cache)
         (tmp_path / "quickstart").mkdir()
         (tmp_path / "quickstart" / "planted-model").symlink_to(tiny_model_dir, target_is_directory=True)
         namespace: dict[str, Any] = {"__name__": "docs"}

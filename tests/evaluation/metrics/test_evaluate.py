@@ -56,12 +56,9 @@ CASES = {  # file: inputs, expected values, other keys
 }
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    caches = tmp_path_factory.mktemp("evaluate")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate.config, "HF_MODULES_CACHE", caches / "modules")
-        yield lambda name: evaluate.load(str(FOLDER / f"{name}.py"), cache_dir=str(caches / "inputs"))
+@pytest.fixture
+def load(evaluate_caches):
+    return lambda name: evaluate.load(str(FOLDER / f"{name}.py"), cache_dir=str(evaluate_caches / "inputs"))
 
 
 def test_every_file_has_a_case():
