@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_USAGE
     try:
         run = importlib.import_module(f"hf_unlearn.cli.{command}").run
-        with importlib.import_module("hf_unlearn.cli.common").json_output:
+        with importlib.import_module("hf_unlearn.cli.terminal").json_output:
             return run(arguments)
     except UnlearningError as error:
         print(f"hf-unlearn {command}: {error}", file=sys.stderr)

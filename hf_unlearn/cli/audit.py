@@ -16,20 +16,18 @@ from hf_unlearn.audit.case import Case
 from hf_unlearn.audit.report import OUTPUTS, summary
 from hf_unlearn.cli import EXIT_FAILED, EXIT_OK
 from hf_unlearn.cli.common import (
-    CommandParser,
     EvaluationDataArguments,
+    alone_in,
     base_of,
-    console,
-    json_output,
     load_causal_lm,
     load_tokenizer,
     load_with_adapter,
-    print_plan,
     refuse_existing,
     refuse_idle,
-    stderr,
     verified_checkpoint,
 )
+from hf_unlearn.cli.parser import CommandParser
+from hf_unlearn.cli.terminal import console, json_output, print_plan, stderr
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.batching import parse_batch_size
 from hf_unlearn.extrapolation import LoraAdapter, atomic_folder, package_versions, resolve_model
@@ -207,12 +205,13 @@ def run(argv: list[str]) -> int:
         read_retrained(arguments.retrained_audit, case)
         print_plan(_plan(arguments, case))
         return EXIT_OK
-    model, tokenizer = _load(arguments, adapter)
-    case = _case(arguments, options, tokenizer, model, base, alpha)
-    audit = run_audit(case, arguments.retrained_audit, lambda title: stderr(f"{title} …"))
-    audit.facts = _facts(arguments, base, alpha)
-    with atomic_folder(output_dir, arguments.overwrite) as folder:
-        write_audit(folder, audit)
+    with alone_in(output_dir):
+        model, tokenizer = _load(arguments, adapter)
+        case = _case(arguments, options, tokenizer, model, base, alpha)
+        audit = run_audit(case, arguments.retrained_audit, lambda title: stderr(f"{title} …"))
+        audit.facts = _facts(arguments, base, alpha)
+        with atomic_folder(output_dir, arguments.overwrite) as folder:
+            write_audit(folder, audit)
     console.print(verdicts(audit))
     console.print(f"{summary(audit)} Written to {output_dir}; open {output_dir}/audit.html.")
     json_output.report(**audit.to_dict())

@@ -11,19 +11,17 @@ from rich.table import Column, Table
 
 from hf_unlearn.cli import EXIT_OK
 from hf_unlearn.cli.common import (
-    CommandParser,
     DataArguments,
+    alone_in,
     base_of,
-    console,
-    describe_merge,
-    json_output,
     load_tokenizer,
     load_with_adapter,
-    print_plan,
     refuse_existing,
     refuse_idle,
     verified_checkpoint,
 )
+from hf_unlearn.cli.parser import CommandParser
+from hf_unlearn.cli.terminal import console, describe_merge, json_output, print_plan
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import (
     LoraAdapter,
@@ -161,6 +159,12 @@ def run(argv: list[str]) -> int:
     _check(arguments)
     folder = Path(arguments.output_dir).expanduser()
     refuse_existing(folder, arguments.overwrite)
+    with alone_in(folder, arguments.dry_run):
+        return _write(arguments, folder)
+
+
+def _write(arguments: CombineArguments, folder: Path) -> int:
+    """Combine, print and write; the exit code."""
     sources = _sources(arguments)
     refuse_overwriting(folder, *(source.folder for source in sources))
     update = _combine(arguments, sources)

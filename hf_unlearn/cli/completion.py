@@ -7,7 +7,7 @@ import importlib
 from dataclasses import dataclass, field
 
 from hf_unlearn.cli import COMMANDS, EXIT_OK
-from hf_unlearn.cli.common import CommandParser
+from hf_unlearn.cli.parser import CommandParser
 from hf_unlearn.errors import UnlearningError
 
 

@@ -7,15 +7,12 @@ from pathlib import Path
 
 from hf_unlearn.cli import EXIT_FAILED, EXIT_OK
 from hf_unlearn.cli.common import (
-    CommandParser,
+    alone_in,
     base_of,
-    console,
-    json_output,
     load_causal_lm,
     load_tokenizer,
     load_with_adapter,
     parse_alphas,
-    print_plan,
     refuse_existing,
     refuse_idle,
     verified_checkpoint,
@@ -29,7 +26,9 @@ from hf_unlearn.cli.outputs import (
     figures_table,
     save_evaluations,
 )
+from hf_unlearn.cli.parser import CommandParser
 from hf_unlearn.cli.protocols import ProtocolArguments
+from hf_unlearn.cli.terminal import console, json_output, print_plan
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation import DEFAULT_GRID, Evaluation, Evaluator, Protocol, read_log
 from hf_unlearn.evaluation.batching import process_state
@@ -109,6 +108,12 @@ def run(argv: list[str]) -> int:
     _check(arguments)
     output_dir = Path(arguments.output_dir).expanduser()
     refuse_existing(output_dir, arguments.overwrite)
+    with alone_in(output_dir, arguments.dry_run):
+        return _evaluate(arguments, output_dir)
+
+
+def _evaluate(arguments: EvalArguments, output_dir: Path) -> int:
+    """Evaluate, print and write; the exit code."""
     adapter = LoraAdapter.load(arguments.adapter) if arguments.adapter is not None else None
     sets_alpha = adapter is not None and not adapter.is_result
     if adapter is not None and not sets_alpha:

@@ -8,16 +8,10 @@ from pathlib import Path
 from rich.table import Table
 
 from hf_unlearn.cli import EXIT_OK
-from hf_unlearn.cli.common import (
-    CommandParser,
-    base_of,
-    console,
-    json_output,
-    print_plan,
-    refuse_existing,
-    refuse_idle,
-)
+from hf_unlearn.cli.common import alone_in, base_of, refuse_existing, refuse_idle
 from hf_unlearn.cli.outputs import SECURITY_NOTE
+from hf_unlearn.cli.parser import CommandParser
+from hf_unlearn.cli.terminal import console, json_output, print_plan
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import resolve_model
 from hf_unlearn.extrapolation.adapter import refuse_overwriting
@@ -111,9 +105,9 @@ def run(argv: list[str]) -> int:
     """Run the command and return its exit code."""
     (arguments,) = CommandParser("export", [ExportArguments], DESCRIPTION, EXAMPLE).parse(argv)
     _check(arguments)
-    if arguments.format == "vllm":
-        return _export_vllm(arguments)
-    return _export_model(arguments) if arguments.format == "gguf" else _export_adapter(arguments)
+    export = {"vllm": _export_vllm, "gguf": _export_model, "gguf-lora": _export_adapter}[arguments.format]
+    with alone_in(arguments.output_dir, arguments.dry_run):
+        return export(arguments)
 
 
 def _check(arguments: ExportArguments) -> None:

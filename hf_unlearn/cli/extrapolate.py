@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.table import Table
 
 from hf_unlearn.cli import EXIT_OK
-from hf_unlearn.cli.common import (
-    CommandParser,
-    alone_in,
-    base_of,
-    console,
-    describe_merge,
-    json_output,
-    print_plan,
-    refuse_existing,
-    refuse_idle,
-)
+from hf_unlearn.cli.common import alone_in, base_of, refuse_existing, refuse_idle
+from hf_unlearn.cli.parser import CommandParser
 from hf_unlearn.cli.push import upload
+from hf_unlearn.cli.terminal import console, describe_merge, json_output, print_plan
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import LoraAdapter, MergePlan, extrapolate, plan_merge, save_forget_adapter
 from hf_unlearn.extrapolation.arithmetic import check_alpha
@@ -111,7 +102,7 @@ def run(argv: list[str]) -> int:
     adapter.refuse_result()
     _check_push(arguments, adapter)
     write = _write_adapter if arguments.format == "adapter" else _write_model
-    with nullcontext() if arguments.dry_run else alone_in(arguments.output_dir):
+    with alone_in(arguments.output_dir, arguments.dry_run):
         write(adapter, arguments)
     if arguments.push_to_hub and not arguments.dry_run:
         upload(HubPush(arguments.hub_model_id, **{arguments.format: arguments.output_dir}))

@@ -10,16 +10,9 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from hf_unlearn.cli import EXIT_OK
-from hf_unlearn.cli.common import (
-    CommandParser,
-    DataArguments,
-    base_of,
-    console,
-    load_tokenizer,
-    load_with_adapter,
-    stderr,
-    verified_checkpoint,
-)
+from hf_unlearn.cli.common import DataArguments, base_of, load_tokenizer, load_with_adapter, verified_checkpoint
+from hf_unlearn.cli.parser import CommandParser
+from hf_unlearn.cli.terminal import console, stderr
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import LoraAdapter
 from hf_unlearn.playground import Comparison, KnownPrompt, known_prompts

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_unlearn.cli.common import EvaluationDataArguments, console, refuse_idle
+from hf_unlearn.cli.common import EvaluationDataArguments, refuse_idle
+from hf_unlearn.cli.terminal import console
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation import Evaluation, Evaluator, Protocol, ResultCache, read_log
 from hf_unlearn.evaluation.batching import BatchSize, parse_batch_size, process_state

@@ -8,7 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_unlearn.cli import EXIT_OK
-from hf_unlearn.cli.common import CommandParser, console, json_output, stderr
+from hf_unlearn.cli.parser import CommandParser
+from hf_unlearn.cli.terminal import console, json_output, stderr
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.hub.contents import Content
 from hf_unlearn.hub.push import HubPush

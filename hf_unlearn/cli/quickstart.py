@@ -19,17 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import SFTConfig, SFTTrainer
 
 from hf_unlearn.cli import EXIT_FAILED, EXIT_OK
-from hf_unlearn.cli.common import (
-    CommandParser,
-    console,
-    json_output,
-    load_tokenizer,
-    load_with_adapter,
-    prepare_set,
-    print_plan,
-    quiet_loading,
-)
+from hf_unlearn.cli.common import alone_in, load_tokenizer, load_with_adapter, prepare_set, quiet_loading
 from hf_unlearn.cli.outputs import OUTPUTS, SECURITY_NOTE, describe_evaluations, figures_table, save_evaluations
+from hf_unlearn.cli.parser import CommandParser
+from hf_unlearn.cli.terminal import console, json_output, print_plan
 from hf_unlearn.data import load_rows
 from hf_unlearn.data.pairing import PairCollator
 from hf_unlearn.errors import UnlearningError, explaining
@@ -101,7 +94,8 @@ def run(argv: list[str]) -> int:
     if arguments.dry_run:
         print_plan(quickstart.plan())
         return EXIT_OK
-    return EXIT_OK if quickstart.run().met else EXIT_FAILED
+    with alone_in(quickstart.folder):
+        return EXIT_OK if quickstart.run().met else EXIT_FAILED
 
 
 class Quickstart:

@@ -10,20 +10,11 @@ from typing import Any
 
 from hf_unlearn.cli import EXIT_OK, EXIT_USAGE, train
 from hf_unlearn.cli import requests_options as options
-from hf_unlearn.cli.common import (
-    CommandParser,
-    console,
-    describe_merge,
-    json_output,
-    load_causal_lm,
-    load_tokenizer,
-    print_plan,
-    refuse_existing,
-    refuse_idle,
-    stderr,
-)
+from hf_unlearn.cli.common import alone_in, load_causal_lm, load_tokenizer, refuse_existing, refuse_idle
 from hf_unlearn.cli.methods import extrapolates, method_of
+from hf_unlearn.cli.parser import CommandParser
 from hf_unlearn.cli.requests_tables import measurement_table, request_lines, requests_table
+from hf_unlearn.cli.terminal import console, describe_merge, json_output, print_plan, stderr
 from hf_unlearn.data import load_rows
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.batching import parse_batch_size
@@ -237,15 +228,16 @@ def _build(ledger: Ledger, arguments: options.BuildArguments) -> int:
     what = f"{len(chosen)} of {len(ledger.active())} active requests ({', '.join(request.id for request in chosen)})"
     if arguments.dry_run:
         return _plan_build(ledger, arguments, chosen, what)
-    written = ledger.build(
-        arguments.output_dir,
-        format=arguments.format,
-        only=arguments.only,
-        without=arguments.without,
-        base=arguments.base,
-        dtype=arguments.dtype,
-        overwrite=arguments.overwrite,
-    )
+    with alone_in(arguments.output_dir):
+        written = ledger.build(
+            arguments.output_dir,
+            format=arguments.format,
+            only=arguments.only,
+            without=arguments.without,
+            base=arguments.base,
+            dtype=arguments.dtype,
+            overwrite=arguments.overwrite,
+        )
     json_output.report(requests=[request.id for request in chosen])
     if isinstance(written, MergeReport):
         json_output.report(**describe_merge(written))

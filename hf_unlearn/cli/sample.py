@@ -8,7 +8,9 @@ from pathlib import Path
 import datasets
 
 from hf_unlearn.cli import EXIT_OK
-from hf_unlearn.cli.common import CommandParser, console, json_output, load_causal_lm, load_tokenizer, print_plan
+from hf_unlearn.cli.common import load_causal_lm, load_tokenizer
+from hf_unlearn.cli.parser import CommandParser
+from hf_unlearn.cli.terminal import console, json_output, print_plan
 from hf_unlearn.data import load_rows, summarize, to_prompt_completion
 from hf_unlearn.data.sampling import (
     MAX_NEW_TOKENS,

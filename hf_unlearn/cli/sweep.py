@@ -9,15 +9,11 @@ import torch
 
 from hf_unlearn.cli import EXIT_FAILED, EXIT_OK
 from hf_unlearn.cli.common import (
-    CommandParser,
     alone_in,
     base_of,
-    console,
-    json_output,
     load_tokenizer,
     load_with_adapter,
     parse_alphas,
-    print_plan,
     refuse_existing,
     verified_checkpoint,
 )
@@ -30,8 +26,10 @@ from hf_unlearn.cli.outputs import (
     figures_table,
     save_evaluations,
 )
+from hf_unlearn.cli.parser import CommandParser
 from hf_unlearn.cli.protocols import ProtocolArguments
 from hf_unlearn.cli.reporting import TOOLS, check_tools, report_curves
+from hf_unlearn.cli.terminal import console, json_output, print_plan
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation import DEFAULT_GRID, choose_alpha
 from hf_unlearn.evaluation.batching import process_state

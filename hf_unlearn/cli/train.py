@@ -14,16 +14,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import get_quantization_config
 
 from hf_unlearn.cli import EXIT_INTERRUPTED, EXIT_OK
-from hf_unlearn.cli.common import (
-    CommandParser,
-    alone_in,
-    console,
-    json_output,
-    load_tokenizer,
-    refuse_idle,
-    stderr,
-)
+from hf_unlearn.cli.common import alone_in, load_tokenizer, refuse_idle
 from hf_unlearn.cli.methods import describe, extrapolates, method_of, refuse_options_of_others
+from hf_unlearn.cli.parser import CommandParser
+from hf_unlearn.cli.terminal import console, json_output, stderr
 from hf_unlearn.cli.train_options import (
     DESCRIPTION,
     EXAMPLE,

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from hf_unlearn.cli import EXIT_OK
-from hf_unlearn.cli.common import console, json_output
 from hf_unlearn.cli.methods import extrapolates
 from hf_unlearn.cli.sample import describe_sample
+from hf_unlearn.cli.terminal import console, json_output
 from hf_unlearn.cli.train_options import LoraModelConfig, TrainArguments
 from hf_unlearn.data import DataReport
 from hf_unlearn.data.pairing import PairedDataset

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from random_adapters import save_random
 from tiny import tiny_llama, tiny_tokenizer
 
-from hf_unlearn.cli.common import CommandParser
+from hf_unlearn.cli.parser import CommandParser
 from hf_unlearn.cli.train_options import LoraModelConfig, TrainArguments
 from hf_unlearn.data import encode_set, load_rows
 from hf_unlearn.errors import UnlearningError

@@ -34,19 +34,39 @@ def other_run(tmp_path):
     process.join()
 
 
-@pytest.mark.parametrize("command", ["train", "rounds", "extrapolate", "forget-adapter", "sweep", "launch"])
-def test_the_second_run_is_refused(command, other_run, files, adapter, tmp_path, capsys):
-    output = ["--output_dir", str(tmp_path / "out")]
+@pytest.fixture(scope="module")
+def ledger(files, adapter, tmp_path_factory) -> str:
+    folder = str(tmp_path_factory.mktemp("requests") / "ledger")
+    request = ["--adapter", adapter, "--alpha", "1", "--id", "one", *set_arguments(files, "forget")]
+    assert main(["requests", "add", "--ledger", folder, *request]) == 0
+    return folder
+
+
+COMMANDS = ["train", "rounds", "launch", "extrapolate", "forget-adapter", "combine", "sweep", "eval", "audit"]
+COMMANDS += ["export", "build", "quickstart"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_second_run_is_refused(command, other_run, files, adapter, ledger, tmp_path, capsys):
+    out = tmp_path / "out"
+    output, alpha = ["--output_dir", str(out)], ["--adapter", adapter, "--alpha", "2"]
+    sets = set_arguments(files, "forget", "retain")
     arguments = {
-        "train": train_arguments(files, tmp_path / "out"),
-        "rounds": train_arguments(files, tmp_path / "out", "--rounds", "2"),
-        "extrapolate": ["extrapolate", "--adapter", adapter, "--alpha", "2", *output],
-        "forget-adapter": ["extrapolate", "--adapter", adapter, "--alpha", "2", "--format", "adapter", *output],
-        "sweep": ["sweep", "--adapter", adapter, *set_arguments(files, "forget", "retain"), *output],
-        "launch": train_arguments(files, tmp_path / "out", "--accelerate_config", "single_gpu"),
+        "train": train_arguments(files, out),
+        "rounds": train_arguments(files, out, "--rounds", "2"),
+        "launch": train_arguments(files, out, "--accelerate_config", "single_gpu"),
+        "extrapolate": ["extrapolate", *alpha, *output],
+        "forget-adapter": ["extrapolate", *alpha, "--format", "adapter", *output],
+        "combine": ["combine", "--operator", "momentum", "--adapters", adapter, *output],
+        "sweep": ["sweep", "--adapter", adapter, *sets, *output],
+        "eval": ["eval", "--model", files["model"], *sets, *output],
+        "audit": ["audit", "--model", files["model"], *sets, *output],
+        "export": ["export", "--format", "vllm", "--adapter", adapter, *output],
+        "build": ["requests", "build", "--ledger", ledger, *output],
+        "quickstart": ["quickstart", "--model", files["model"], *output],
     }
     assert main(arguments[command]) == 2
-    message = f"Another run is working in {tmp_path / 'out'}. Wait, or name another --output_dir."
+    message = f"Another run is working in {out}. Wait, or name another --output_dir."
     assert message in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
 
