@@ -22,7 +22,7 @@ MODELS = {
 }  # fmt: skip
 ADAPTERS = {  # name: seed of its training
     "run": 0, "forget-run": 0, "new-run": 0, "retain-run": 1, "seed-0": 0, "seed-1": 1, "seed-2": 2, "averaged": 0, "vector": 0,
-    "runs/custom-adapter": 0, "runs/muse-adapter": 0, "runs/people-adapter": 0,
+    "quickstart/memorising-adapter": 0, "runs/custom-adapter": 0, "runs/muse-adapter": 0, "runs/people-adapter": 0,
     "runs/run": 0, "runs/seed-0": 0, "runs/seed-1": 1, "runs/tofu-adapter": 0, "runs/wmdp-adapter": 0,
 }  # fmt: skip
 FORGET_MODELS = {
@@ -73,6 +73,8 @@ class StandIns:
             return self.sweep() if name == "sweep" else self.audit()
         if name == "data/tofu":
             return self.tofu()
+        if name == "quickstart/result/evaluation.json":
+            return self.sweep() / "evaluation.json"
         if name.endswith("/TOFU_EVAL.json") or name.startswith("logs/"):
             log = self.log(retrained="retain90" in name)
             return log / "TOFU_EVAL.json" if name.endswith(".json") else log
