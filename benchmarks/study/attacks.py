@@ -80,13 +80,13 @@ def models_at(
     """The unlearned model, and the target walked as far the other way: θ_ref + (θ_ref − θ_for)."""
     method, seed = METHODS[result["method"]], result["seed"]
     if method.kind == "baseline":
-        adapter = trained_again(prepared, method, result, int(strength))
+        adapter = trained_again(prepared, method, result, int(strength), work)
         return moved(prepared, adapter, 1.0), moved(prepared, adapter, -1.0)
     adapter = LoraAdapter.load(work / f"{method.name}-{seed}")
     return moved(prepared, adapter, -strength), moved(prepared, adapter, strength)
 
 
-def trained_again(prepared: Prepared, method: Method, result: dict[str, Any], steps: int) -> LoraAdapter:
+def trained_again(prepared: Prepared, method: Method, result: dict[str, Any], steps: int, work: Path) -> LoraAdapter:
     """The adapter of a baseline after `steps` steps, which is trained with the same seed."""
 
     class Stop(TrainerCallback):
@@ -94,8 +94,9 @@ def trained_again(prepared: Prepared, method: Method, result: dict[str, Any], st
             control.should_training_stop = state.global_step >= steps
 
     multiple = result["learning_rate"] / prepared.setting.learning_rate
-    folder = Path(tempfile.mkdtemp(prefix="baseline-"))
-    train(prepared, method, result["seed"], folder, learning_rate=multiple, callback=lambda _: Stop())
+    folder = work / f"{method.name}-{multiple:g}-{result['seed']}-at-{steps}"
+    if not (folder / "unlearning.json").exists():
+        train(prepared, method, result["seed"], folder, learning_rate=multiple, callback=lambda _: Stop())
     return LoraAdapter.load(folder)
 
 
@@ -149,10 +150,7 @@ def with_weights(
 
 def relearn(prepared: Prepared, model: PreTrainedModel) -> list[dict[str, Any]]:
     """
-    Fine-tune on a quarter of the forget rows, and see what comes back of the others.
-
-    The figures are those of all forget rows: probability and ROUGE of the rows that are not trained on are computed from
-    the columns.
+    Fine-tune on a quarter of the forget rows, and see what comes back of the others: their mean answer probability.
     """
     rows = prepared.rows.forget
     quarter = rows[: len(rows) // 4]
