@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
 import pytest
+from interpreters import Interpreters
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +25,13 @@ def tiny_model_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def interpreters(tmp_path_factory) -> Interpreters:
+    """Python in other processes, forked from one that has imported everything."""
+    with Interpreters(tmp_path_factory.mktemp("interpreters")) as interpreters:
+        yield interpreters
+
+
+@pytest.fixture(scope="session")
 def evaluate_caches(tmp_path_factory) -> Path:
     """Where `evaluate` keeps what it loads: one place for all tests, as Python imports the modules in it once."""
     evaluate = pytest.importorskip("evaluate")
@@ -31,3 +40,9 @@ def evaluate_caches(tmp_path_factory) -> Path:
         for name in ("HF_MODULES_CACHE", "HF_METRICS_CACHE"):
             patch.setattr(evaluate.config, name, caches / name.lower())
         yield caches
+
+
+def pytest_collection_finish() -> None:
+    """Every training ends with a garbage collection, which need not look through all that has been imported."""
+    gc.collect()
+    gc.freeze()

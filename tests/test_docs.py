@@ -15,12 +15,12 @@ import pytest
 from hf_unlearn.cli import COMMANDS, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from hf_unlearn.cli.audit import AuditArguments
 from hf_unlearn.cli.combine import CombineArguments
-from hf_unlearn.cli.parser import _own_fields
 from hf_unlearn.cli.completion import CompletionArguments
 from hf_unlearn.cli.eval import EvalArguments
 from hf_unlearn.cli.export import ExportArguments
 from hf_unlearn.cli.extrapolate import ExtrapolateArguments
 from hf_unlearn.cli.outputs import OUTPUTS
+from hf_unlearn.cli.parser import _own_fields
 from hf_unlearn.cli.playground import PlaygroundArguments
 from hf_unlearn.cli.push import PushArguments
 from hf_unlearn.cli.quickstart import QuickstartArguments

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from trl import get_quantization_config
 
 from hf_unlearn.cli import main
-from hf_unlearn.cli.parser import CommandParser
 from hf_unlearn.cli.eval import EvalArguments
 from hf_unlearn.cli.extrapolate import ExtrapolateArguments
+from hf_unlearn.cli.parser import CommandParser
 from hf_unlearn.cli.quickstart import QuickstartArguments
 from hf_unlearn.cli.sweep import SweepArguments
 from hf_unlearn.cli.train_options import LoraModelConfig, TrainArguments

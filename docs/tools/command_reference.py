@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_unlearn.cli import COMMANDS
-from hf_unlearn.cli.parser import CommandParser
 from hf_unlearn.cli.methods import DEFAULT_METHOD
+from hf_unlearn.cli.parser import CommandParser
 from hf_unlearn.cli.requests import ACTIONS
 from hf_unlearn.trainer.baselines import METHODS
 

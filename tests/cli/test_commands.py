@@ -221,20 +221,16 @@ class TestTrain:
         assert main(train_arguments(files | {"forget": bad}, tmp_path / "run", "--dry_run")) == 2
         assert "2" in capsys.readouterr().err
 
-    def test_ctrl_c_leaves_a_state_that_resumes_to_the_same_adapter(self, files, tmp_path):
+    def test_ctrl_c_leaves_a_state_that_resumes_to_the_same_adapter(self, interpreters, files, tmp_path):
         straight, stopped = tmp_path / "straight", tmp_path / "stopped"
         options = ["--num_train_epochs", "300", "--learning_rate", "1e-3"]
         assert main(train_arguments(files, straight, *options)) == 0
 
-        command = [sys.executable, "-m", "hf_unlearn.cli", *train_arguments(files, stopped, *options)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for line in process.stdout:
-            if "'epoch': '20'" in line:
-                process.send_signal(signal.SIGINT)
-                break
-        _, error = process.communicate(timeout=120)
-        assert process.returncode == 130, error
-        assert "--resume" in error
+        process = interpreters.start("-m", "hf_unlearn.cli", *train_arguments(files, stopped, *options))
+        process.wait_for("'epoch': '20'")
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130, process.output
+        assert "--resume" in process.output
         assert not (stopped / "adapter_model.safetensors").exists()
         assert list(stopped.glob("checkpoint-*"))
 

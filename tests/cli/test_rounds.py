@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -85,22 +83,17 @@ def test_an_earlier_run_is_not_replaced_unasked(files, adapter, tmp_path, capsys
         assert "holds rounds of an earlier run" in capsys.readouterr().err
 
 
-def test_ctrl_c_in_the_second_round_leaves_a_state_that_resumes_to_the_same_adapter(files, tmp_path):
+def test_ctrl_c_in_the_second_round_leaves_a_state_that_resumes_to_the_same_adapter(interpreters, files, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     options = ["--num_train_epochs", "100", "--learning_rate", "1e-3", "--rounds", "2"]
     assert main(train_arguments(files, straight, *options)) == 0
 
-    command = [sys.executable, "-u", "-m", "hf_unlearn.cli", *train_arguments(files, stopped, *options)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    is_second = False
-    for line in process.stdout:
-        is_second = is_second or "Round 2 of 2" in line
-        if is_second and "'epoch': '10'" in line:
-            process.send_signal(signal.SIGINT)
-            break
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130, error
-    assert "--resume" in error
+    process = interpreters.start("-m", "hf_unlearn.cli", *train_arguments(files, stopped, *options))
+    process.wait_for("Round 2 of 2")
+    process.wait_for("'epoch': '10'", after="Round 2 of 2")
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130, process.output
+    assert "--resume" in process.output
     assert not (stopped / WEIGHTS).exists()
     assert list(stopped.glob("round-2/checkpoint-*"))
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections import Counter
 from importlib import resources
 from pathlib import Path
@@ -166,16 +163,8 @@ class TestDeterminism:
         assert rows[0]["prompt"][:] != rows[1]["prompt"][:]
         assert texts(rows[0]) != texts(rows[1])
 
-    def test_two_processes_give_what_one_gives(self, tmp_path):
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2])]),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        command = [*launcher, str(SCRIPT), str(tmp_path)]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-        assert result.returncode == 0, result.stderr[-3000:]
+    def test_two_processes_give_what_one_gives(self, interpreters, tmp_path):
+        interpreters.launch(SCRIPT, tmp_path)
         facts = [json.loads((tmp_path / f"facts-{rank}.json").read_text()) for rank in range(2)]
         assert [fact["processes"] for fact in facts] == [2, 2]
         expected = sample(tmp_path / "one", num_rows=9).to_list()

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("train_baselines.py")
 RUNS = runpy.run_path(str(SCRIPT), run_name="imported")["RUNS"]
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, tiny_model_dir) -> dict[int, Path]:
+def folders(interpreters, tmp_path_factory, tiny_model_dir) -> dict[int, Path]:
     """Processes -> what they wrote."""
-    folders = {}
-    variables = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
-    variables |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    for processes, batch_size in ((1, 2), (2, 1)):
-        folders[processes] = tmp_path_factory.mktemp(f"baselines-{processes}")
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-        command = [sys.executable, *launch, SCRIPT, folders[processes], tiny_model_dir, batch_size]
-        result = subprocess.run(
-            [str(part) for part in command], env=variables, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+    folders = {processes: tmp_path_factory.mktemp(f"baselines-{processes}") for processes in (1, 2)}
+    code, said = interpreters.run(SCRIPT, folders[1], tiny_model_dir, 2)
+    assert code == 0, said
+    interpreters.launch(SCRIPT, folders[2], tiny_model_dir, 1)
     return folders
 
 

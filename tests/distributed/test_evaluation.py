@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,27 +12,13 @@ import pytest
 SCRIPT = Path(__file__).with_name("evaluate_tiny.py")
 
 
-def launch(output_dir: Path) -> list[dict]:
-    """Evaluate in two processes and return what each of them got."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2])]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    output_dir.mkdir()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, str(SCRIPT), str(output_dir)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads((output_dir / f"facts-{rank}.json").read_text()) for rank in range(2)]
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(interpreters, tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation")
     one = runpy.run_path(str(SCRIPT))["evaluate"](folder / "one")
-    return folder, one, launch(folder / "two")
+    (folder / "two").mkdir()
+    interpreters.launch(SCRIPT, folder / "two")
+    return folder, one, [json.loads((folder / "two" / f"facts-{rank}.json").read_text()) for rank in range(2)]
 
 
 def test_it_really_was_two_processes(runs):

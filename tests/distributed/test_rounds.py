@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("train_rounds.py")
 
 
-def test_two_processes_equal_one(tmp_path, tiny_model_dir):
-    variables = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
-    variables |= {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
-    for processes, batch_size in ((1, 4), (2, 2)):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
-        command = [sys.executable, *launch, SCRIPT, tmp_path / str(processes), tiny_model_dir, batch_size]
-        result = subprocess.run(
-            [str(part) for part in command], env=variables, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+def test_two_processes_equal_one(interpreters, tmp_path, tiny_model_dir):
+    code, said = interpreters.run(SCRIPT, tmp_path / "1", tiny_model_dir, 4)
+    assert code == 0, said
+    interpreters.launch(SCRIPT, tmp_path / "2", tiny_model_dir, 2)
     one, two = (load_file(tmp_path / str(n) / "adapter_model.safetensors") for n in (1, 2))
     assert one.keys() == two.keys()
     assert max(value.abs().max().item() for name, value in one.items() if "lora_B" in name) > 1e-3

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import runpy
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from interpreters import Interpreters
 from peft import PeftModel
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM
@@ -63,23 +63,19 @@ def configuration(sharding: str, folder: Path) -> dict[str, Any]:
     return {**COMMON, "distributed_type": "DEEPSPEED", "deepspeed_config": deepspeed}
 
 
-def launch(sharding: str, model: Path, output_dir: Path) -> list[dict[str, Any]]:
-    """Train and evaluate in two processes and return what each of them saw."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parents[1]), str(SCRIPT.parents[2])]),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "ACCELERATE_TORCH_DEVICE": "cpu",
-    }
-    environment.pop("ACCELERATE_USE_CPU", None)  # it would turn sharding off
+def launch(interpreters: Interpreters, sharding: str, model: Path, output_dir: Path) -> list[dict[str, Any]]:
+    """Train and evaluate in two processes, with the environment of `accelerate launch`; what each of them saw."""
     file = output_dir / "accelerate.yaml"
     file.write_text(json.dumps(configuration(sharding, output_dir)))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    command = [*launcher, "--main_process_port", "0", str(SCRIPT), sharding, str(model), str(output_dir)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    arguments, defaults, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(file), str(SCRIPT)])
+    )
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)  # as launch_command does
+    sharded = prepare_deepspeed_cmd_env(arguments)[1] if sharding == "zero3" else prepare_multi_gpu_env(arguments)
+    sharded = {name: value for name, value in sharded.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    environment = sharded | {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    environment.pop("ACCELERATE_USE_CPU", None)  # it would turn sharding off
+    interpreters.launch(SCRIPT, sharding, model, output_dir, environment=environment)
     return [json.loads((output_dir / f"facts-{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -103,7 +99,7 @@ def evaluate(folder: Path, adapter: str, batch_size: int | str = 2) -> dict[str,
 
 
 @pytest.fixture(scope="module", params=["zero3", "fsdp2"])
-def runs(request, tmp_path_factory):
+def runs(request, interpreters, tmp_path_factory):
     sharding, folder = request.param, tmp_path_factory.mktemp(request.param)
     if sharding == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed")
@@ -111,7 +107,7 @@ def runs(request, tmp_path_factory):
     model.generation_config.eos_token_id = [2, *range(5, VOCABULARY, 7)]  # answers end at various lengths
     model.save_pretrained(folder / "model")
     TINY["tokenizer"]().save_pretrained(folder / "model")
-    return Runs(sharding, folder, launch(sharding, folder / "model", folder))
+    return Runs(sharding, folder, launch(interpreters, sharding, folder / "model", folder))
 
 
 def test_it_really_was_two_processes_with_a_part_of_the_weights_each(runs):

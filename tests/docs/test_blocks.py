@@ -125,7 +125,9 @@ def run_own(argv: list[str], snippet: Snippet, stand_ins: StandIns) -> None:
 
 def provide_inputs(argv: list[str], stand_ins: StandIns) -> None:
     """Stand-ins for what a command line, or its configuration file, reads."""
-    not_read = {value for option, value in pairwise(argv) if option in (*OUTPUTS, "--base_model")}  # an id for the card
+    not_read = {
+        value for option, value in pairwise(argv) if option in (*OUTPUTS, "--base_model")
+    }  # an id for the card
     words = [word for word in argv if word not in not_read]
     for path in (Path(value) for option, value in pairwise(argv) if option == "--config"):
         options = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from extrapolation_models import build_llama, save_pair
+from interpreters import Interpreters, Process
 from safetensors.torch import load_file
 
 from hf_unlearn.cli import main
@@ -47,11 +45,10 @@ def pair(tmp_path_factory):
     return base, adapter
 
 
-def start(pair, output: Path, moment: str) -> subprocess.Popen:
+def start(interpreters: Interpreters, pair, output: Path, moment: str) -> Process:
     base, adapter = pair
     arguments = ["--base", base, "--adapter", adapter, "--output_dir", output, "--alpha", "2", "--overwrite"]
-    command = [sys.executable, "-c", SCRIPT, moment, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return interpreters.start("-c", SCRIPT, moment, *arguments)
 
 
 def run_again(pair, output: Path) -> None:
@@ -64,33 +61,32 @@ def run_again(pair, output: Path) -> None:
         assert load_file(output / path.name).keys() == load_file(path).keys()
 
 
-def kill_at_some_byte(process: subprocess.Popen, folder: Path) -> None:
+def kill_at_some_byte(process: Process, folder: Path) -> None:
     """Kill the process from outside once a part of the weights is written."""
+    end = time.monotonic() + 120
     while not [path for path in folder.glob(".out.tmp-*/*.safetensors") if path.stat().st_size > 30_000]:
-        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < end, process.output
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
 
 
 @pytest.mark.parametrize("moment", ["write", "fsync", "first-rename"])
-def test_without_an_earlier_output_there_is_none(pair, tmp_path, moment):
-    process = start(pair, tmp_path / "out", moment)
+def test_without_an_earlier_output_there_is_none(interpreters, pair, tmp_path, moment):
+    process = start(interpreters, pair, tmp_path / "out", moment)
     if moment == "write":
         kill_at_some_byte(process, tmp_path)
-    output, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, output
+    assert process.wait() == -signal.SIGKILL, process.output
     (left,) = (path for path in tmp_path.iterdir() if path.name != ".out.lock")
     assert left.name.startswith(".out.tmp-") and str(process.pid) in left.name
     run_again(pair, tmp_path / "out")
 
 
 @pytest.mark.parametrize("moment", ["first-rename", "second-rename", "removal"])
-def test_an_earlier_output_stays_whole_or_is_replaced(pair, tmp_path, caplog, moment):
+def test_an_earlier_output_stays_whole_or_is_replaced(interpreters, pair, tmp_path, caplog, moment):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("old")
-    process = start(pair, tmp_path / "out", moment)
-    output, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, output
+    process = start(interpreters, pair, tmp_path / "out", moment)
+    assert process.wait() == -signal.SIGKILL, process.output
     if moment == "second-rename":
         assert not (tmp_path / "out").exists()
         (aside,) = tmp_path.glob(".out.old-*")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from command_lines import set_arguments, train_arguments, write_rows
-from forked import ForkServer
+from interpreters import Interpreters, Process
 from safetensors.torch import load_file
 from tiny import tiny_rows
 
 
 KILLED = -9
+KILL_IN_CALL = Path(__file__).with_name("kill_in_call.py")
 TRAIN = ["--max_steps", "6", "--save_steps", "1", "--save_total_limit", "2", "--learning_rate", "1e-3", "--use_cpu"]
 SWEEP = ["--alphas", "0.5", "1", "--refinements", "1", "--no_generation"]
 MOMENTS = {"train": 4, "extrapolate": 3, "sweep": 3}  # at random
@@ -30,14 +32,14 @@ CALLS = [  # in which training kills itself: half of a file is written, or files
 ]
 
 
-@pytest.fixture(scope="module")
-def server():
-    with ForkServer() as server:
-        yield server
+def command(interpreters: Interpreters, arguments: list[str], *kill_at: object) -> Process:
+    """Start a command line, which kills itself in a call of a function if that is given."""
+    killing = [KILL_IN_CALL, *kill_at] if kill_at else ["-m", "hf_unlearn.cli"]
+    return interpreters.start(*killing, *arguments)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(server, tiny_model_dir, tmp_path_factory) -> SimpleNamespace:
+def undisturbed(interpreters, tiny_model_dir, tmp_path_factory) -> SimpleNamespace:
     """The three commands, what each gives, and how long it takes."""
     folder = tmp_path_factory.mktemp("undisturbed")
     files = {
@@ -65,9 +67,10 @@ def undisturbed(server, tiny_model_dir, tmp_path_factory) -> SimpleNamespace:
     codes, durations = {}, {}
     for name, arguments in commands.items():
         begin = time.monotonic()
-        codes[name], said = server.run(arguments(folder / name), folder / f"{name}.log")
+        process = command(interpreters, arguments(folder / name))
+        codes[name] = process.wait()
         durations[name] = time.monotonic() - begin
-        assert codes[name] in ((0, 1) if name == "sweep" else (0,)), said  # 1: the rule is missed
+        assert codes[name] in ((0, 1) if name == "sweep" else (0,)), process.output  # 1: the rule is missed
     return SimpleNamespace(folder=folder, commands=commands, codes=codes, durations=durations)
 
 
@@ -84,14 +87,16 @@ def check_whole(folder: Path) -> None:
     assert not adapter.exists() or (folder / "out" / "unlearning.json").exists()
 
 
-def run_again(server: ForkServer, arguments: list[str], output: Path) -> int:
+def run_again(interpreters: Interpreters, arguments: list[str], output: Path) -> int:
     """As a user would: the same command, and what its message says."""
-    code, said = server.run(arguments, output.with_name("log"))
+    process = command(interpreters, arguments)
+    code, said = process.wait(), process.output
     if code == 2:
         resume = any(output.glob("checkpoint-*"))
         assert ("--resume" in said and arguments[0] == "train") or "--overwrite" in said, said
-        code, said = server.run([*arguments, "--resume" if resume else "--overwrite"], output.with_name("log"))
-    assert code in (0, 1), said
+        process = command(interpreters, [*arguments, "--resume" if resume else "--overwrite"])
+        code = process.wait()
+    assert code in (0, 1), process.output
     return code
 
 
@@ -102,28 +107,30 @@ def check_equal(name: str, output: Path, undisturbed: SimpleNamespace) -> None:
     assert (output / files[name]).read_bytes() == (expected / files[name]).read_bytes()
     visible = {path.name for path in output.iterdir()} - {path.name for path in expected.iterdir()}
     assert not visible
-    assert {path.name for path in output.parent.iterdir()} <= {"out", "log", "out.cache"}  # no lock, nothing temporary
+    assert {path.name for path in output.parent.iterdir()} <= {"out", "out.cache"}  # no lock, nothing temporary
 
 
 @pytest.mark.parametrize(
     ("name", "seed"), [(name, seed) for name, count in MOMENTS.items() for seed in range(count)], ids=str
 )
-def test_killed_at_a_random_moment(name, seed, server, undisturbed, tmp_path):
+def test_killed_at_a_random_moment(name, seed, interpreters, undisturbed, tmp_path):
     count = MOMENTS[name]
     share = (seed + random.Random(f"{name} {seed}").random()) / count  # one in each part of its time
     arguments = undisturbed.commands[name](tmp_path / "out")
-    code = server.kill(arguments, tmp_path / "log", share * undisturbed.durations[name])
-    assert code in (KILLED, undisturbed.codes[name]), (tmp_path / "log").read_text()
+    process = command(interpreters, arguments)
+    time.sleep(share * undisturbed.durations[name])
+    process.send_signal(signal.SIGKILL)  # where it has ended, its process id is kept until it is waited for
+    assert process.wait() in (KILLED, undisturbed.codes[name]), process.output
     check_whole(tmp_path)
-    assert run_again(server, arguments, tmp_path / "out") == undisturbed.codes[name]
+    assert run_again(interpreters, arguments, tmp_path / "out") == undisturbed.codes[name]
     check_equal(name, tmp_path / "out", undisturbed)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
-def test_killed_while_it_saves(call, server, undisturbed, tmp_path):
+def test_killed_while_it_saves(call, interpreters, undisturbed, tmp_path):
     arguments = undisturbed.commands["train"](tmp_path / "out")
-    code, said = server.run(arguments, tmp_path / "log", kill_at=call)
-    assert code == KILLED, said
+    process = command(interpreters, arguments, *call)
+    assert process.wait() == KILLED, process.output
     check_whole(tmp_path)
-    run_again(server, arguments, tmp_path / "out")
+    run_again(interpreters, arguments, tmp_path / "out")
     check_equal("train", tmp_path / "out", undisturbed)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,11 +64,11 @@ Ledger.open(sys.argv[1]).add(sys.argv[2], 1.0, id="B")
 """
 
     @pytest.mark.parametrize("before", [True, False])
-    def test_add_is_killed(self, adapters, tmp_path, before):
+    def test_add_is_killed(self, interpreters, adapters, tmp_path, before):
         ledger = filled(tmp_path / "ledger", adapters, "A")
         index = (ledger.folder / "requests.json").read_bytes()
-        command = [sys.executable, "-c", self.SCRIPT.format(before=before), ledger.folder, adapters["B"]]
-        assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+        code, said = interpreters.run("-c", self.SCRIPT.format(before=before), ledger.folder, adapters["B"])
+        assert code == -signal.SIGKILL, said
         after = Ledger.open(ledger.folder)
         if before:
             assert (ledger.folder / "requests.json").read_bytes() == index
@@ -78,14 +76,14 @@ Ledger.open(sys.argv[1]).add(sys.argv[2], 1.0, id="B")
         check_equal(built(after, tmp_path / "one"), built(after, tmp_path / "two", only=["A", "B"]))
         assert not (ledger.folder / ".work").exists()
 
-    def test_two_at_once(self, ledger, adapters, tmp_path):
+    def test_two_at_once(self, interpreters, ledger, adapters, tmp_path):
         script = (
             "import sys, time; from hf_unlearn import Ledger\n"
             "with Ledger.open(sys.argv[1]).locked(): print('locked', flush=True); time.sleep(600)"
         )
-        other = subprocess.Popen([sys.executable, "-c", script, ledger.folder], stdout=subprocess.PIPE, text=True)
+        other = interpreters.start("-c", script, ledger.folder)
         try:
-            assert other.stdout.readline() == "locked\n"
+            other.wait_for("locked")
             for change in (
                 lambda: ledger.add(adapters["A"], 1, id="D"),
                 lambda: ledger.revoke("A", "withdrawn"),
@@ -100,7 +98,7 @@ Ledger.open(sys.argv[1]).add(sys.argv[2], 1.0, id="B")
             ]  # reading goes on
             assert (ledger.folder / ".work").is_dir()  # that of the other
         finally:
-            other.kill()
+            other.send_signal(signal.SIGKILL)
             other.wait()
         ledger.revoke("A", "withdrawn")
         assert not (ledger.folder / ".work").exists()
