@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 from hf_unlearn import __version__
 
@@ -51,6 +54,20 @@ def overview() -> str:
     )
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """
+    Keep garbage collection off imports, which make a million objects and no garbage, and off what they have made ever
+    after: a quarter of the time that a command takes to start.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def main(argv: list[str] | None = None) -> int:
     """
     Run one command.
@@ -61,7 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: 0 done, 1 failed or the rule was missed, 2 input that cannot be used, 130 interrupted.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    own_process = argv is None
+    argv = sys.argv[1:] if own_process else argv
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
         return EXIT_OK
@@ -75,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hf-unlearn: unknown command {command!r}. Choose from: {', '.join(COMMANDS)}.", file=sys.stderr)
         return EXIT_USAGE
     try:
-        run = importlib.import_module(f"hf_unlearn.cli.{command}").run
+        with _no_collections() if own_process else nullcontext():
+            run = importlib.import_module(f"hf_unlearn.cli.{command}").run
         with importlib.import_module("hf_unlearn.cli.terminal").json_output:
             return run(arguments)
     except UnlearningError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pty
@@ -267,6 +268,12 @@ def test_what_is_no_terminal_gets_no_escape_sequences(adapter, tmp_path, capfd):
     assert main(command) == 0
     printed = capfd.readouterr().out
     assert "model.safetensors" in printed and "\x1b" not in printed
+
+
+def test_a_call_from_python_leaves_garbage_collection_as_it_is(capsys):
+    kept = gc.get_freeze_count()
+    assert main(["eval"]) == 2
+    assert gc.isenabled() and gc.get_freeze_count() == kept
 
 
 def test_variables_of_the_environment(files, tmp_path):

@@ -26,7 +26,7 @@ from hf_unlearn.trainer.processes import leave_processes
 
 
 SIZES = {"forget": 5, "retain": 7, "holdout": 3}
-MAX_NEW_TOKENS = 9
+MAX_NEW_TOKENS = 6
 VOCABULARY = 768  # so that the LM head is larger than a layer with its adapter
 BATCH_SIZES = (2, "auto")
 ALPHAS = (0.0, 1.0)
