@@ -26,7 +26,16 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-IMPORTED = ("train", "sweep", "extrapolate", "eval", "audit", "quickstart", "requests")  # commands, with all they need
+IMPORTED = (
+    "train",
+    "sweep",
+    "extrapolate",
+    "eval",
+    "audit",
+    "push",
+    "quickstart",
+    "requests",
+)  # commands, with all they need
 
 
 @dataclass
@@ -38,11 +47,13 @@ class Process:
         pid (`int`): Its process id, which it has until it is waited for.
         log (`Path`): What it has printed so far.
         interpreters ([`Interpreters`]): Its parent.
+        code (`int`, *optional*): Its exit code, once it was waited for.
     """
 
     pid: int
     log: Path
     interpreters: Interpreters
+    code: int | None = None
 
     @property
     def output(self) -> str:
@@ -51,12 +62,14 @@ class Process:
 
     def wait(self, timeout: float = 300) -> int:
         """Wait for its end, kill it after `timeout` seconds; its exit code, or the negative number of its signal."""
-        timer = threading.Timer(timeout, self.send_signal, [signal.SIGKILL])
-        timer.start()
-        try:
-            return os.waitstatus_to_exitcode(self.interpreters.ask(wait=self.pid))
-        finally:
-            timer.cancel()
+        if self.code is None:
+            timer = threading.Timer(timeout, self.send_signal, [signal.SIGKILL])
+            timer.start()
+            try:
+                self.code = os.waitstatus_to_exitcode(self.interpreters.ask(wait=self.pid))
+            finally:
+                timer.cancel()
+        return self.code
 
     def wait_for(self, text: str, after: str = "", timeout: float = 120) -> None:
         """Wait until it has printed `text`, behind the first `after`."""

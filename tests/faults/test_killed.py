@@ -20,7 +20,7 @@ KILLED = -9
 KILL_IN_CALL = Path(__file__).with_name("kill_in_call.py")
 TRAIN = ["--max_steps", "6", "--save_steps", "1", "--save_total_limit", "2", "--learning_rate", "1e-3", "--use_cpu"]
 SWEEP = ["--alphas", "0.5", "1", "--refinements", "1", "--no_generation"]
-MOMENTS = {"train": 4, "extrapolate": 3, "sweep": 3}  # at random
+MOMENTS = {"train": 10, "extrapolate": 10, "sweep": 10}  # at random
 CALLS = [  # in which training kills itself: half of a file is written, or files are moved
     ("peft.peft_model", "safe_save_file", 3),  # in the third checkpoint
     ("peft.peft_model", "safe_save_file", 7),  # at the end
