@@ -74,6 +74,7 @@ METHODS = {
         _rounds("rounds-lambda10", "mirror-soft-lambda10"),
         _rounds("rounds-held", "mirror-half-soft-full"),
         _rounds("rounds-held-lambda10", "mirror-half-soft-lambda10"),
+        _rounds("rounds-held-wrong", "mirror-half-soft-wrong"),
         _rounds("rounds-retain2", "mirror-soft-full-retain2"),
         _rounds("rounds-mox", "mox"),
         _rounds("rounds-task-vector", "task-vector"),
@@ -102,6 +103,13 @@ METHODS = {
             MIRROR_SOFT | {"retain_kl_scale": -0.5, "retain_kl_weight": 10.0},
             full_batch=True,
             compare="mirror-half-soft-full",
+        ),
+        _extrapolation(
+            "mirror-half-soft-wrong",
+            MIRROR_SOFT | {"retain_kl_scale": -0.5, "retain_kl_weight": 10.0},
+            full_batch=True,
+            columns=("wrong_answers",),
+            compare="mirror-half-soft-lambda10",
         ),
         _extrapolation(
             "mirror-soft-lambda10",
