@@ -139,11 +139,21 @@ class Interpreters:
         process = self.start(*arguments, environment=environment)
         return process.wait(), process.output
 
-    def launch(self, *arguments: object, environment: dict[str, str] | None = None) -> list[str]:
-        """Run a call in two processes that know of each other, as torchrun does; what each printed. Both must succeed."""
+    def launch(
+        self, *arguments: object, environment: dict[str, str] | None = None, config: Path | None = None
+    ) -> list[str]:
+        """
+        Run a call in two processes that know of each other, as torchrun does; what each printed. Both must succeed.
+
+        Args:
+            arguments: As of [`start`].
+            environment (`dict[str, str]`, *optional*): As of [`start`].
+            config (`Path`, *optional*): Configuration of `accelerate launch`, whose variables the processes get.
+        """
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = str(server.getsockname()[1])
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        shared |= variables_of(config) if config is not None else {}
         shared |= environment or {}
         processes = [
             self.start(*arguments, environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -152,6 +162,21 @@ class Interpreters:
         codes = [process.wait() for process in processes]
         assert codes == [0, 0], "\n\n".join(process.output[-3000:] for process in processes)
         return [process.output for process in processes]
+
+
+def variables_of(config: Path) -> dict[str, str]:
+    """What `accelerate launch` puts into the environment of the processes that it starts."""
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    parsed = launch.launch_command_parser().parse_args(["--config_file", str(config), "script.py"])
+    arguments, defaults, _ = launch._validate_launch_command(parsed)
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        _, variables = prepare_deepspeed_cmd_env(arguments)
+    else:
+        variables = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in variables.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 def serve() -> Sequence[str]:

@@ -59,13 +59,9 @@ class TestHelp:
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         assert result.stdout.strip() == "[]"
 
-    def test_optional_packages_are_not_imported_unasked(self):
-        code = (
-            "import sys, hf_unlearn.trainer, hf_unlearn.cli.train, hf_unlearn.cli.sweep, hf_unlearn.cli.extrapolate\n"
-            "print(sorted({'deepspeed', 'gradio', 'lm_eval'} & set(sys.modules)))"
-        )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        assert result.stdout.strip() == "[]"
+    def test_optional_packages_are_not_imported_unasked(self, interpreters):
+        code = "import sys; print(sorted({'deepspeed', 'gradio', 'lm_eval'} & set(sys.modules)))"
+        assert interpreters.run("-c", code) == (0, "[]\n")  # where the commands have been imported
 
 
 class TestBadInput:
@@ -223,7 +219,7 @@ class TestTrain:
 
     def test_ctrl_c_leaves_a_state_that_resumes_to_the_same_adapter(self, interpreters, files, tmp_path):
         straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-        options = ["--num_train_epochs", "300", "--learning_rate", "1e-3"]
+        options = ["--num_train_epochs", "100", "--learning_rate", "1e-3"]
         assert main(train_arguments(files, straight, *options)) == 0
 
         process = interpreters.start("-m", "hf_unlearn.cli", *train_arguments(files, stopped, *options))

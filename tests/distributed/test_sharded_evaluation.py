@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from interpreters import Interpreters
 from peft import PeftModel
 from tiny import tiny_llama
@@ -67,15 +65,10 @@ def launch(interpreters: Interpreters, sharding: str, model: Path, output_dir: P
     """Train and evaluate in two processes, with the environment of `accelerate launch`; what each of them saw."""
     file = output_dir / "accelerate.yaml"
     file.write_text(json.dumps(configuration(sharding, output_dir)))
-    arguments, defaults, _ = _validate_launch_command(
-        launch_command_parser().parse_args(["--config_file", str(file), str(SCRIPT)])
+    # without ACCELERATE_USE_CPU, which would turn sharding off
+    interpreters.launch(
+        SCRIPT, sharding, model, output_dir, environment={"ACCELERATE_TORCH_DEVICE": "cpu"}, config=file
     )
-    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)  # as launch_command does
-    sharded = prepare_deepspeed_cmd_env(arguments)[1] if sharding == "zero3" else prepare_multi_gpu_env(arguments)
-    sharded = {name: value for name, value in sharded.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
-    environment = sharded | {"ACCELERATE_TORCH_DEVICE": "cpu"}
-    environment.pop("ACCELERATE_USE_CPU", None)  # it would turn sharding off
-    interpreters.launch(SCRIPT, sharding, model, output_dir, environment=environment)
     return [json.loads((output_dir / f"facts-{rank}.json").read_text()) for rank in range(2)]
 
 

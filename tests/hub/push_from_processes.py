@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from huggingface_hub import constants
 from test_push_from_training import make
 
 from hf_unlearn import UnlearningError
@@ -24,5 +25,6 @@ def run(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True  # read when they were imported
     run(Path(sys.argv[1]))
     leave_processes()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -118,21 +115,15 @@ class TestAtTheEnd:
         assert trainer.state.global_step == 1
         assert REPOSITORY not in hub.repositories
 
-    def test_in_two_processes_one_talks_to_the_hub(self, hub, tmp_path):
+    def test_in_two_processes_one_talks_to_the_hub(self, interpreters, hub, tmp_path):
         hub.failures["preupload me/locked"] = 403
         script = Path(__file__).with_name("push_from_processes.py")
-        paths = [str(folder) for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "hub")]
-        variables = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(tmp_path)]
-        done = subprocess.run(
-            [sys.executable, *launch], env=os.environ | variables, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        printed = interpreters.launch(script, tmp_path)
         assert hub.requests.count("whoami") == 4  # before training and at each of three uploads
         assert len(hub.repositories[REPOSITORY].commits) == 1
-        for process in (0, 1):
-            assert f"{process}: UnlearningError" in done.stdout
-            assert f"{process}: PushError" in done.stdout
+        for process, said in enumerate(printed):
+            assert f"{process}: UnlearningError" in said
+            assert f"{process}: PushError" in said
 
 
 class TestBeforeTraining:

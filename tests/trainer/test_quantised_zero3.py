@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from interpreters import Interpreters
 from safetensors.torch import load_file
 
 
@@ -19,7 +17,7 @@ pytest.importorskip("deepspeed")
 SCRIPT = Path(__file__).with_name("train_quantised.py")
 
 
-def launch_zero3(folder: Path, *arguments: object) -> None:
+def launch_zero3(interpreters: Interpreters, folder: Path, *arguments: object) -> None:
     """Run the script in two processes, so that even tiny weights are sharded."""
     names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     options = {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
@@ -28,18 +26,11 @@ def launch_zero3(folder: Path, *arguments: object) -> None:
     config = {"distributed_type": "DEEPSPEED", "num_processes": 2, "num_machines": 1, "use_cpu": False}
     config["deepspeed_config"] = {"deepspeed_config_file": str(folder / "deepspeed.json")}
     (folder / "launch.json").write_text(json.dumps(config))
-    root = SCRIPT.parents[2]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {"PYTHONPATH": os.pathsep.join([str(root / "tests"), str(root)]), "OMP_NUM_THREADS": "1"}
-    environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", folder / "launch.json"]
-    command += ["--main_process_port", "0", SCRIPT, *arguments]
-    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    interpreters.launch(SCRIPT, *arguments, config=folder / "launch.json")
 
 
-def test_packed_weights_are_sharded_and_the_result_is_that_of_one_process(tiny_model_dir, tmp_path):
-    launch_zero3(tmp_path, tiny_model_dir, tmp_path / "two", 2)
+def test_packed_weights_are_sharded_and_the_result_is_that_of_one_process(interpreters, tiny_model_dir, tmp_path):
+    launch_zero3(interpreters, tmp_path, tiny_model_dir, tmp_path / "two", 2)
     runpy.run_path(str(SCRIPT))["main"](str(tiny_model_dir), str(tmp_path / "one"), "4")
     two, one = (json.loads((tmp_path / run / "facts.json").read_text()) for run in ("two", "one"))
     assert (two["processes"], two["stage"], two["shapes"]) == (2, 3, [[0]])
