@@ -105,7 +105,7 @@ def main_table(study: Study) -> str:
         cells = [
             f"**{name}**" if METHODS[name].kind != "baseline" else name,
             str(len(runs)),
-            spread([figures["strength"] for figures in best], "{:.2g}".format),
+            spread([figures["strength"] for figures in best], "{:.3g}".format),
             spread([quality(figures) for figures in best], p_value),
             *(spread([figures[column] for figures in best], "{:.3f}".format) for column in COLUMNS),
             spread([run["seconds"] for run in runs], "{:.0f}".format),
