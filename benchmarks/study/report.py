@@ -193,7 +193,7 @@ def plot(study: Study, path: Path, shown: int = 8) -> None:
     axes.axvline(MIN_UTILITY, color="black", linewidth=0.8, linestyle="--")
     axes.set(yscale="log", xlim=(0.65, 1.03), xlabel="utility, share of the target's", ylabel="forget quality (KS p)")
     axes.text(0.655, LEVEL * 1.2, "cannot be told from retrained", fontsize=8)
-    axes.legend(fontsize=8, loc="lower left", title="of the best methods")
+    axes.legend(fontsize=8, loc="lower left", title="the best methods, in order", reverse=True)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
