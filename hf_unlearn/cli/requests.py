@@ -130,7 +130,7 @@ def _train_and_add(ledger: Ledger, arguments: options.AddArguments, rest: list[s
         console.print(f"Would add the adapter to {ledger.folder} as a request, at α = {arguments.alpha:g}.")
         return code
     with ledger.locked():
-        code = train.run(argv)
+        code = train.run(argv, says_what_next=False)
         if code != EXIT_OK:
             stderr("The training did not end, so no request was added. To go on after an interruption, use `train`.")
             return code

@@ -46,8 +46,8 @@ from hf_unlearn.trainer.sets import SAMPLED_FILE
 LAUNCHED = "HF_UNLEARN_LAUNCHED"  # set in the processes that `accelerate launch` starts
 
 
-def run(argv: list[str]) -> int:
-    """Run the command and return its exit code."""
+def run(argv: list[str], says_what_next: bool = True) -> int:
+    """Run the command and return its exit code; `says_what_next` is for a command that goes on by itself."""
     method = method_of(argv)
     trainer_class, config_class = METHODS[method]
     options = [TrainArguments, config_class, LoraModelConfig]
@@ -73,7 +73,8 @@ def run(argv: list[str]) -> int:
     if is_main:
         if config.push_to_hub:
             console.print(f"Forget adapter at α = {config.alpha:g} uploaded to {config.hub_model_id}.")
-        console.print(_next_step(arguments, config))
+        if says_what_next:
+            console.print(_next_step(arguments, config))
     json_output.report(method=arguments.method, output_dir=config.output_dir)
     return EXIT_OK
 

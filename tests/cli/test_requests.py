@@ -103,7 +103,7 @@ class TestTraining:
             wanted = base[key].double() - 2 * update - 0.5 * updates[1][key]
             torch.testing.assert_close(model[key].double(), wanted, atol=1e-6, rtol=0)
 
-    def test_options_from_a_file(self, files, rows, tmp_path):
+    def test_options_from_a_file(self, files, rows, tmp_path, capsys):
         options = {
             "model_name_or_path": files["model"],
             "forget_dataset": rows["two"],
@@ -117,6 +117,8 @@ class TestTraining:
         assert requests("add", tmp_path / "ledger", *arguments, "--dry_run") == 0
         assert not (tmp_path / "ledger").exists()
         assert requests("add", tmp_path / "ledger", *arguments) == 0
+        printed = capsys.readouterr().out
+        assert "hf-unlearn sweep" not in printed  # the folder of the training is gone
         request = Ledger.open(tmp_path / "ledger").active()[0]
         folder = tmp_path / "ledger" / "requests" / request.id
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == 5
@@ -126,7 +128,7 @@ class TestTraining:
     def test_one_that_does_not_end(self, ledger, files, rows, tmp_path, monkeypatch, capsys, code):
         before = contents(ledger)
 
-        def stop(argv):
+        def stop(argv, says_what_next):
             output = Path(argv[argv.index("--output_dir") + 1])
             output.mkdir()
             (output / "adapter_model.safetensors").write_text("secret")
