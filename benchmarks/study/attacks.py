@@ -149,9 +149,7 @@ def with_weights(
 
 
 def relearn(prepared: Prepared, model: PreTrainedModel) -> list[dict[str, Any]]:
-    """
-    Fine-tune on a quarter of the forget rows, and see what comes back of the others: their mean answer probability.
-    """
+    """Fine-tune on a quarter of the forget rows, and see what comes back of the others: their mean answer probability."""
     rows = prepared.rows.forget
     quarter = rows[: len(rows) // 4]
     copy = prepared.load_target()

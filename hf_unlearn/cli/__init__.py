@@ -58,7 +58,7 @@ def overview() -> str:
 def _no_collections() -> Iterator[None]:
     """
     Keep garbage collection off imports, which make a million objects and no garbage, and off what they have made ever
-    after: a quarter of the time that a command takes to start.
+    after: a third of the time that a command takes to start.
     """
     gc.disable()
     try:
