@@ -8,8 +8,6 @@ Started as a program it is that process: it reads requests from stdin, one JSON 
 from __future__ import annotations
 
 import atexit
-import contextlib
-import gc
 import importlib
 import json
 import os
@@ -20,22 +18,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-IMPORTED = (
-    "train",
-    "sweep",
-    "extrapolate",
-    "eval",
-    "audit",
-    "push",
-    "quickstart",
-    "requests",
-)  # commands, with all they need
+# Commands, with all they need.
+IMPORTED = ("train", "sweep", "extrapolate", "eval", "audit", "push", "quickstart", "requests")
 
 
 @dataclass
@@ -71,12 +62,16 @@ class Process:
                 timer.cancel()
         return self.code
 
-    def wait_for(self, text: str, after: str = "", timeout: float = 120) -> None:
-        """Wait until it has printed `text`, behind the first `after`."""
+    def wait_until(self, condition: Callable[[], object], timeout: float = 120) -> None:
+        """Wait until something is true of what it does."""
         end = time.monotonic() + timeout
-        while text not in self.output.partition(after)[2] if after else text not in self.output:
-            assert time.monotonic() < end, f"{text!r} was not printed: {self.output[-3000:]}"
-            time.sleep(0.01)
+        while not condition():
+            assert time.monotonic() < end, self.output[-3000:]
+            time.sleep(0.001)
+
+    def wait_for(self, text: str) -> None:
+        """Wait until it has printed `text`."""
+        self.wait_until(lambda: text in self.output)
 
     def send_signal(self, number: int) -> None:
         """Send a signal."""
@@ -183,12 +178,12 @@ def serve() -> Sequence[str]:
     """Answer requests until there are no more. Returns in a child: with the arguments of its call."""
     import torch
 
+    from hf_unlearn.cli import _no_collections
+
     torch.set_num_threads(1)
-    gc.disable()
-    for command in IMPORTED:
-        importlib.import_module(f"hf_unlearn.cli.{command}")
-    gc.freeze()
-    gc.enable()
+    with _no_collections():
+        for command in IMPORTED:
+            importlib.import_module(f"hf_unlearn.cli.{command}")
     for line in iter(sys.stdin.readline, ""):
         request = json.loads(line)
         if "wait" in request:
@@ -242,11 +237,10 @@ def main() -> None:
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except BaseException:
-        importlib.import_module("traceback").print_exc()
+        traceback.print_exc()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
+        stream.flush()
     os._exit(code)  # without taking apart, object by object, all that was imported
 
 

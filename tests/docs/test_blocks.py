@@ -31,6 +31,7 @@ RUN_ELSEWHERE = (
 # On these pages a block goes on where the one before ended, so all commands do their work.
 IN_ORDER = ("docs/requests.md", "docs/guides/")
 OUTPUTS = ("--output_dir", "--output_file", "--ledger")
+NOT_READ = (*OUTPUTS, "--base_model")  # that is an id for the card
 WITHOUT_TRIAL = (["requests", "list"], ["requests", "show"])  # they write nothing and have no --dry_run
 SMALL = {  # what makes work of seconds of a command, appended to it
     "train": "--max_steps 2 --gradient_accumulation_steps 1 --disable_tqdm true --use_cpu",
@@ -125,9 +126,7 @@ def run_own(argv: list[str], snippet: Snippet, stand_ins: StandIns) -> None:
 
 def provide_inputs(argv: list[str], stand_ins: StandIns) -> None:
     """Stand-ins for what a command line, or its configuration file, reads."""
-    not_read = {
-        value for option, value in pairwise(argv) if option in (*OUTPUTS, "--base_model")
-    }  # an id for the card
+    not_read = {value for option, value in pairwise(argv) if option in NOT_READ}
     words = [word for word in argv if word not in not_read]
     for path in (Path(value) for option, value in pairwise(argv) if option == "--config"):
         options = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -63,10 +62,9 @@ def run_again(pair, output: Path) -> None:
 
 def kill_at_some_byte(process: Process, folder: Path) -> None:
     """Kill the process from outside once a part of the weights is written."""
-    end = time.monotonic() + 120
-    while not [path for path in folder.glob(".out.tmp-*/*.safetensors") if path.stat().st_size > 30_000]:
-        assert time.monotonic() < end, process.output
-        time.sleep(0.01)
+    process.wait_until(
+        lambda: [path for path in folder.glob(".out.tmp-*/*.safetensors") if path.stat().st_size > 30_000]
+    )
     process.send_signal(signal.SIGKILL)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -53,8 +52,7 @@ def test_killed(moment, interpreters, undisturbed, model):
     number = 1 + moment * (len(undisturbed.requests) - 1) // (MOMENTS - 1)  # the first request to the last
     with UploadHub() as hub:
         process = push(interpreters, hub, model)
-        while len(hub.requests) < number:
-            time.sleep(0.001)
+        process.wait_until(lambda: len(hub.requests) >= number)
         process.send_signal(signal.SIGKILL)
         assert process.wait() in (-signal.SIGKILL, 0), process.output  # 0: it was done already
         there = hub.files(REPOSITORY) if REPOSITORY in hub.repositories else {}
