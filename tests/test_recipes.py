@@ -27,6 +27,7 @@ from hf_unlearn.cli.quickstart import QuickstartArguments
 from hf_unlearn.cli.sweep import SweepArguments
 from hf_unlearn.cli.train_options import LoraModelConfig, TrainArguments
 from hf_unlearn.trainer import ExtrapolationConfig
+from hf_unlearn.trainer.extrapolation_trainer import MIRROR
 
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -151,11 +152,11 @@ class TestPeople:
             "learning_rate",
             "memorization_temperature",
             "retain_kl_weight",
-            "retain_kl_scale",
             "retain_per_forget",
             "seed",
         ):
             assert getattr(config, name) == getattr(quickstart, name), name
+        assert config.retain_kl_scale is None and quickstart.retain_kl_scale == MIRROR  # none is given
         assert config.num_train_epochs == quickstart.steps
         assert not config.gradient_checkpointing
 
@@ -261,7 +262,8 @@ class TestBenchmarks:
         processes = load_config_from_file(str(ACCELERATE / f"{launch}.yaml")).num_processes if launch else 1
         assert config.per_device_train_batch_size * config.gradient_accumulation_steps * processes == 32
         assert (config.num_train_epochs, config.warmup_steps, config.weight_decay) == (10, 0.1, 0.01)
-        levers = (config.memorization_temperature, config.retain_kl_scale, config.retain_kl_weight)
+        scale = MIRROR if config.retain_kl_scale is None else config.retain_kl_scale
+        levers = (config.memorization_temperature, scale, config.retain_kl_weight)
         quickstart = QuickstartArguments()
         names = ("memorization_temperature", "retain_kl_scale", "retain_kl_weight")
         of_quickstart = tuple(getattr(quickstart, name) for name in names)

@@ -41,10 +41,11 @@ class ExtrapolationConfig(UnlearningConfig):
         retain_kl_weight (`float`, *optional*, defaults to `5.0`):
             Weight λ of the retain term, KL(reference ‖ model) over the answer tokens of the retain rows. `0` leaves it
             out.
-        retain_kl_scale (`float`, *optional*, defaults to `-1.0`):
+        retain_kl_scale (`float`, *optional*):
             Where the retain term is measured: with the adapter multiplied by this. `-1` (mirror consistency) holds
             θ_ref − ΔW, on whose side the forget model lies, to the reference on the retain rows; `1` (the paper) holds
-            the trained model.
+            the trained model. If not set, it is `-1`, and in [`train_in_rounds`] minus `round_alpha`, where the step of
+            a round ends.
         npo_beta (`float`, *optional*, defaults to `0.1`):
             Inverse temperature β of `memorization_loss="npo"`.
         probe_steps (`int`, *optional*, defaults to `0`):
@@ -89,12 +90,13 @@ class ExtrapolationConfig(UnlearningConfig):
             "leaves it out."
         },
     )
-    retain_kl_scale: float = field(
-        default=-1.0,
+    retain_kl_scale: float | None = field(
+        default=None,
         metadata={
             "help": "Where the retain term is measured: with the adapter multiplied by this. `-1` (mirror consistency) "
             "holds θ_ref − ΔW, on whose side the forget model lies, to the reference on the retain rows; `1` (the paper) "
-            "holds the trained model."
+            "holds the trained model. If not set, it is `-1`, and with rounds minus `round_alpha`, where the step of a "
+            "round ends."
         },
     )
     memorization_temperature: float = field(

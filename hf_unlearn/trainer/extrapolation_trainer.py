@@ -30,6 +30,9 @@ from hf_unlearn.trainer.extrapolation_config import ExtrapolationConfig
 from hf_unlearn.trainer.unlearning_trainer import UnlearningTrainer
 
 
+MIRROR = -1.0  # adapter scale at which the retain rows are held where none is given
+
+
 class ExtrapolationTrainer(UnlearningTrainer):
     """
     Trains an adapter that *memorises* the forget set, from which the forget model θ_for = (1 + α)·θ_ref − α·θ_mem is
@@ -70,6 +73,8 @@ class ExtrapolationTrainer(UnlearningTrainer):
         if isinstance(args, ExtrapolationConfig) and args.push_to_hub:
             _check_push(model, args)
         super().__init__(model, args, *sets, **options)
+        if self.args.retain_kl_scale is None:
+            self.args.retain_kl_scale = MIRROR
 
     @property
     def forget_temperature(self) -> float:

@@ -73,7 +73,7 @@ def train_in_rounds(
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`]): Model to unlearn from, in 16 or 32 bits.
-        args ([`ExtrapolationConfig`]): Options of every round.
+        args ([`ExtrapolationConfig`]): Options of every round. Its `retain_kl_scale`, if not set, is minus `round_alpha`.
         forget_dataset (`datasets.Dataset`, `str` or list of `dict`): What must go.
         retain_dataset (the same, *optional*): What must stay. Rows sampled from the original model if not given.
         rounds (`int`): Number of rounds, 2 or more.
@@ -100,6 +100,8 @@ def train_in_rounds(
         raise UnlearningError(
             "push_to_hub is not possible with rounds: it would upload each. Upload the result with `hf-unlearn push`."
         )
+    if args.retain_kl_scale is None:
+        args = dataclasses.replace(args, retain_kl_scale=-round_alpha)  # held where the step of a round ends
     is_main = args.process_index == 0
     plan = [None]
     with failing_together():

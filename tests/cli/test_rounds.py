@@ -30,14 +30,17 @@ def test_one_round_is_an_ordinary_training(files, adapter, tmp_path):
     assert names[0] == names[1]
 
 
-def test_the_first_round_is_that_training_and_the_sum_can_be_swept(files, adapter, tmp_path, capsys):
-    run = tmp_path / "run"
+def test_the_first_round_is_a_training_held_where_its_step_ends_and_the_sum_can_be_swept(files, tmp_path, capsys):
+    run, held = tmp_path / "run", tmp_path / "held"
+    assert main(train_arguments(files, held, "--retain_kl_scale", "-0.25")) == 0
+    capsys.readouterr()
     assert main(train_arguments(files, run, "--rounds", "2", "--round_alpha", "0.25")) == 0
     printed = capsys.readouterr().out
     assert "Round 1 of 2" in printed
     assert "Round 2 of 2" in printed
     assert "--alphas 0.25 0.5 0.75 1 " in printed
-    assert equal(run / "round-1", Path(adapter))
+    assert equal(run / "round-1", held)
+    assert json.loads((run / "unlearning.json").read_text())["training"]["retain_kl_scale"] == -0.25
     assert json.loads((run / "unlearning.json").read_text())["operator"]["round_alpha"] == 0.25
     assert len(load_file(run / WEIGHTS)) == len(load_file(run / "round-1" / WEIGHTS))
     sweep = ["sweep", "--adapter", str(run), *set_arguments(files, "forget", "retain"), "--alphas", "0.5", "1"]

@@ -139,7 +139,7 @@ class TestConstruction:
         def values(**options) -> tuple[float, ...]:
             return tuple(getattr(config(tmp_path, **options), name) for name in names)
 
-        assert values(preset=None) == (4.0, -1.0, 5.0)
+        assert values(preset=None) == (4.0, None, 5.0)
         assert values() == (1.0, 1.0, 1.0)
         assert values(retain_kl_weight=3.0) == (1.0, 1.0, 3.0)
 
