@@ -93,10 +93,9 @@ def trained_again(prepared: Prepared, method: Method, result: dict[str, Any], st
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step >= steps
 
-    multiple = result["learning_rate"] / prepared.setting.learning_rate
-    folder = work / f"{method.name}-{multiple:g}-{result['seed']}-at-{steps}"
+    folder = work / f"{method.name}-{result['seed']}-at-{steps}"
     if not (folder / "unlearning.json").exists():
-        train(prepared, method, result["seed"], folder, learning_rate=multiple, callback=lambda _: Stop())
+        train(prepared, method, result["seed"], folder, callback=lambda _: Stop())
     return LoraAdapter.load(folder)
 
 

@@ -72,7 +72,7 @@ class Target:
 # ---- Training ----
 
 
-def config_of(prepared: Prepared, method: Method, seed: int, output_dir: Path, learning_rate: float = 1.0) -> Any:
+def config_of(prepared: Prepared, method: Method, seed: int, output_dir: Path) -> Any:
     """
     The options of a training.
 
@@ -81,7 +81,6 @@ def config_of(prepared: Prepared, method: Method, seed: int, output_dir: Path, l
         method (`Method`): How.
         seed (`int`): Seed of the adapter and of the order of the rows.
         output_dir (`Path`): Where the adapter goes.
-        learning_rate (`float`, *optional*, defaults to `1.0`): Multiple of the setting's.
     """
     setting = prepared.setting
     config_class = TRAINERS[method.trainer][1]
@@ -93,7 +92,7 @@ def config_of(prepared: Prepared, method: Method, seed: int, output_dir: Path, l
     return config_class(
         **{
             "output_dir": str(output_dir),
-            "learning_rate": setting.learning_rate * learning_rate,
+            "learning_rate": setting.learning_rate * method.learning_rate,
             "max_steps": steps,
             "per_device_train_batch_size": setting.batch_size,
             "gradient_accumulation_steps": accumulation,
@@ -130,7 +129,6 @@ def train(
     output_dir: Path,
     *,
     model: PreTrainedModel | None = None,
-    learning_rate: float = 1.0,
     swap: bool = False,
     callback: Callable[[Any], TrainerCallback] | None = None,
 ) -> dict[str, Any]:
@@ -143,13 +141,12 @@ def train(
         seed (`int`): Seed of the adapter and of the order of the rows.
         output_dir (`Path`): Where the adapter goes.
         model (`PreTrainedModel`, *optional*): Trained on top of this model instead of the target.
-        learning_rate (`float`, *optional*, defaults to `1.0`): Multiple of the setting's.
         swap (`bool`, *optional*, defaults to `False`): Memorise as many retain rows instead of the forget rows.
         callback (`Callable`, *optional*): Makes a callback of the trainer.
     """
     rows = prepared.rows
     forget, retain = (rows.retain[-len(rows.forget) :], rows.forget) if swap else (rows.forget, rows.retain)
-    config = config_of(prepared, method, seed, output_dir, learning_rate)
+    config = config_of(prepared, method, seed, output_dir)
     torch.manual_seed(seed)
     trainer = TRAINERS[method.trainer][0](
         model if model is not None else prepared.load_target(),
@@ -253,28 +250,22 @@ def sweep(
 
 
 def _run_baseline(prepared: Prepared, target: Target, method: Method, seed: int, work: Path) -> dict[str, Any]:
-    attempts = []
-    for multiple in method.learning_rates:
-        folder = work / f"{method.name}-{multiple:g}-{seed}"
+    def trained(steps: tuple[int, ...]) -> dict[str, Any]:
+        made: list[Checkpoints] = []
 
-        def trained(steps: tuple[int, ...], multiple: float = multiple, folder: Path = folder) -> dict[str, Any]:
-            made: list[Checkpoints] = []
+        def callback(trainer: Any) -> Checkpoints:
+            made.append(Checkpoints(trainer, prepared, target, steps))
+            return made[-1]
 
-            def callback(trainer: Any) -> Checkpoints:
-                made.append(Checkpoints(trainer, prepared, target, steps))
-                return made[-1]
+        facts = train(prepared, method, seed, work / f"{method.name}-{seed}", callback=callback)
+        facts["seconds"] = round(facts["seconds"] - made[0].seconds, 1)
+        return facts | {"points": made[0].points}
 
-            facts = train(prepared, method, seed, folder, learning_rate=multiple, callback=callback)
-            facts["seconds"] = round(facts["seconds"] - made[0].seconds, 1)
-            return facts | {"points": made[0].points}
-
-        attempt = {"learning_rate": multiple * prepared.setting.learning_rate} | trained(steps_of(prepared.setting))
-        finer = _steps_between(attempt["points"], target)
-        if finer:
-            attempt["points"] = sorted(attempt["points"] + trained(finer)["points"], key=lambda p: p["strength"])
-        attempts.append(attempt)
-    best = max(attempts, key=lambda attempt: best_quality(attempt["points"], target))
-    return best | {"attempts": [attempt for attempt in attempts if attempt is not best]}
+    result = trained(steps_of(prepared.setting))
+    finer = _steps_between(result["points"], target)
+    if finer:
+        result["points"] = sorted(result["points"] + trained(finer)["points"], key=lambda p: p["strength"])
+    return {"learning_rate": method.learning_rate * prepared.setting.learning_rate} | result
 
 
 def _steps_between(points: list[dict[str, Any]], target: Target) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +23,7 @@ class Method:
         options (`dict`): Options of its configuration that differ from the setting's.
         full_batch (`bool`): Whether a step sees the whole forget set, in a quarter of the steps.
         columns (`tuple[str, ...]`): Columns of the forget rows that are used too: `paraphrases`, `wrong_answers`.
-        learning_rates (`tuple[float, ...]`): Multiples of the setting's learning rate that are tried; the best one is
-            reported.
+        learning_rate (`float`): Multiple of the setting's.
         operator (`str`, *optional*): Operator of an `"operator"`.
         of (`str`): Method whose adapters the operator takes, or by which each round trains.
         compare (`str`): Name of the method it is paired with.
@@ -35,7 +35,7 @@ class Method:
     options: dict[str, Any] = field(default_factory=dict)
     full_batch: bool = False
     columns: tuple[str, ...] = ()
-    learning_rates: tuple[float, ...] = (1.0,)
+    learning_rate: float = 1.0
     operator: str | None = None
     of: str = "mox"
     compare: str = ""
@@ -47,16 +47,17 @@ SOFT = PAPER | {"memorization_temperature": 4.0}
 MIRROR_SOFT = MIRROR | SOFT | {"retain_kl_scale": -1.0}
 
 
-TUNED: dict[str, tuple[float, ...]] = {}  # the best baselines of seed 0 get three learning rates
-
-
 def _extrapolation(name: str, options: dict[str, Any], **rest: Any) -> Method:
     return Method(name, "extrapolation", options=options, **rest)
 
 
 def _baseline(name: str) -> Method:
     options = {"alternate_column": "perturbed_answer"} if name == "altpo" else {}
-    return Method(name, "baseline", trainer=name, options=options, learning_rates=TUNED.get(name, (0.3,)))
+    return Method(name, "baseline", trainer=name, options=options, learning_rate=0.3)
+
+
+def _fast(name: str) -> Method:
+    return dataclasses.replace(_baseline(name), name=f"{name}-fast", learning_rate=1.0, compare=name)
 
 
 def _operator(name: str, operator: str, of: str = "mox") -> Method:
@@ -142,5 +143,6 @@ METHODS = {
         _operator("best-projection", "projection", of="mirror-soft-full"),
         _operator("msa", "msa", of="clean"),
         *(_baseline(name) for name in TRAINERS if name not in ("extrapolation", "task-vector", "targeted")),
+        *(_fast(name) for name in ("npo", "simnpo", "dpo")),  # the best baselines
     )
 }

@@ -79,6 +79,12 @@ def quality(figures: dict[str, Any]) -> float:
     return figures["forget_quality"] or 0.0
 
 
+def seconds(run: dict[str, Any], at: dict[str, Any]) -> float:
+    """CPU seconds of the training; of a baseline up to the step that is reported."""
+    is_baseline = METHODS[run["method"]].kind == "baseline"
+    return run["seconds"] * (at["strength"] / run["steps"] if is_baseline else 1)
+
+
 def p_value(value: float) -> str:
     """A p-value in a table."""
     return f"{value:.2f}" if value >= 0.01 else f"{value:.0e}".replace("-", "−")
@@ -108,7 +114,7 @@ def main_table(study: Study) -> str:
             spread([figures["strength"] for figures in best], "{:.3g}".format),
             spread([quality(figures) for figures in best], p_value),
             *(spread([figures[column] for figures in best], "{:.3f}".format) for column in COLUMNS),
-            spread([run["seconds"] for run in runs], "{:.0f}".format),
+            spread([seconds(run, at) for run, at in zip(runs, best, strict=True)], "{:.0f}".format),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
