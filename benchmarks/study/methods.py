@@ -75,6 +75,7 @@ METHODS = {
         _rounds("rounds-lambda10", "mirror-soft-lambda10"),
         _rounds("rounds-held", "mirror-half-soft-full"),
         _rounds("rounds-held-lambda10", "mirror-half-soft-lambda10"),
+        _rounds("rounds-held-nll", "mirror-half-soft-nll"),
         _rounds("rounds-held-wrong", "mirror-half-soft-wrong"),
         _rounds("rounds-retain2", "mirror-soft-full-retain2"),
         _rounds("rounds-mox", "mox"),
@@ -104,6 +105,12 @@ METHODS = {
             MIRROR_SOFT | {"retain_kl_scale": -0.5, "retain_kl_weight": 10.0},
             full_batch=True,
             compare="mirror-half-soft-full",
+        ),
+        _extrapolation(
+            "mirror-half-soft-nll",  # the retain rows are trained on as well, as the baselines do
+            MIRROR_SOFT | {"retain_kl_scale": -0.5, "retain_kl_weight": 10.0, "retain_nll_weight": 10.0},
+            full_batch=True,
+            compare="mirror-half-soft-lambda10",
         ),
         _extrapolation(
             "mirror-half-soft-wrong",

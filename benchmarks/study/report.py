@@ -13,6 +13,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ COLUMNS = {
     "forget_probability": "probability",
     "forget_rouge_l_recall": "ROUGE-L",
     "forget_extraction_strength": "extraction strength",
+    "forget_degenerate_rate": "degenerate",
     "membership_auc_loss": "AUC",
     "paraphrased_rouge_l_recall": "ROUGE-L, paraphrased",
 }
@@ -45,7 +47,9 @@ class Study:
     def __init__(self, setting: str) -> None:
         self.setting = setting
         folder = RESULTS / setting
-        self.target = json.loads((folder / "target.json").read_text())
+        self.target, self.retrained = (
+            json.loads((folder / f"{name}.json").read_text()) for name in ("target", "retrained")
+        )
         self.runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for path in sorted(folder.glob("*-[0-9].json")):
             result = json.loads(path.read_text())
@@ -57,19 +61,35 @@ class Study:
 
     def best(self, run: dict[str, Any]) -> dict[str, Any]:
         """
-        The point of the best forget quality at 98 % of the utility, of equal ones that with the least forget probability;
-        the target itself counts.
+        The point of the best forget quality at 98 % of the utility, of equal ones that with the membership AUC nearest to
+        the retrained model's, then that with the least forget probability; the target itself counts.
         """
         within = [self.target, *(figures for figures in run["points"] if self.share(figures) >= MIN_UTILITY)]
-        return max(within, key=lambda figures: (quality(figures), -figures["forget_probability"]))
+        return max(within, key=lambda at: (quality(at), -self.auc_gap(at), -at["forget_probability"]))
+
+    def auc_gap(self, figures: dict[str, Any]) -> float:
+        """How far the membership AUC is from the retrained model's."""
+        return abs(figures["membership_auc_loss"] - self.retrained["membership_auc_loss"])
+
+    def least_auc_gap(self, run: dict[str, Any]) -> float | None:
+        """That of the nearest point that passes the test of forget quality within the budget; `None` where none does."""
+        passing = [
+            figures for figures in run["points"] if self.share(figures) >= MIN_UTILITY and quality(figures) > LEVEL
+        ]
+        return min(map(self.auc_gap, passing), default=None)
 
     def ranking(self) -> list[str]:
-        """Methods by the median of their best forget quality, then by what is left of the forget rows."""
+        """Methods by the median of their best forget quality, then by the AUC, then by what is left of the forget rows."""
+
+        def median(name: str, of: Callable[[dict[str, Any]], float]) -> float:
+            return statistics.median(of(self.best(run)) for run in self.runs[name])
+
         return sorted(
             self.runs,
             key=lambda name: (
-                -statistics.median(quality(self.best(run)) for run in self.runs[name]),
-                statistics.median(self.best(run)["forget_probability"] for run in self.runs[name]),
+                -median(name, quality),
+                median(name, self.auc_gap),
+                median(name, lambda figures: figures["forget_probability"]),
             ),
         )
 
@@ -102,9 +122,14 @@ def spread(values: list[float], form: Any = "{:.2f}".format) -> str:
 def main_table(study: Study) -> str:
     """Every method at its best point."""
     lines = [
-        "| method | seeds | strength | forget quality | " + " | ".join(COLUMNS.values()) + " | training, CPU s |",
-        "|" + "---|" * (len(COLUMNS) + 5),
+        "| method | seeds | strength | forget quality | "
+        + " | ".join(COLUMNS.values())
+        + " | AUC gap where p > .05 | training, CPU s |",
+        "|" + "---|" * (len(COLUMNS) + 6),
     ]
+    for name, figures in {"target": study.target, "retrained": study.retrained}.items():
+        cells = [f"*{name}*", "", "", "", *(f"{figures[column]:.3f}" for column in COLUMNS), "", ""]
+        lines.append("| " + " | ".join(cells) + " |")
     for name in study.ranking():
         runs = study.runs[name]
         best = [study.best(run) for run in runs]
@@ -114,6 +139,7 @@ def main_table(study: Study) -> str:
             spread([figures["strength"] for figures in best], "{:.3g}".format),
             spread([quality(figures) for figures in best], p_value),
             *(spread([figures[column] for figures in best], "{:.3f}".format) for column in COLUMNS),
+            spread([study.least_auc_gap(run) for run in runs]),
             spread([seconds(run, at) for run, at in zip(runs, best, strict=True)], "{:.0f}".format),
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -19,7 +19,7 @@ import logging
 import time
 from pathlib import Path
 
-from measure import Target, best_quality, run, write
+from measure import Target, best_quality, point, run, write
 from methods import METHODS
 from setting import SETTINGS, prepare
 from transformers.utils import logging as transformers_logging
@@ -55,6 +55,7 @@ def main() -> None:
         prepared = prepare(args.setting, args.tofu, args.work, args.base_model)
     target = Target(prepared)
     write(folder / "target.json", target.figures)
+    write(folder / "retrained.json", point(prepared.log, 0.0))
     for name, seed in left:
         if args.time_limit is not None and time.monotonic() - begun > args.time_limit:
             print("The time is up. The same command goes on.")
