@@ -60,10 +60,14 @@ def run(argv: list[str], says_what_next: bool = True) -> int:
     tokenizer = load_tokenizer(model.model_name_or_path, model.model_revision, config.trust_remote_code)
     if arguments.dry_run:
         return dry_run(arguments, config, model, tokenizer)
-    if arguments.accelerate_config and LAUNCHED not in os.environ:
+    launched = LAUNCHED in os.environ
+    if arguments.accelerate_config and not launched:
         with working_in(config.output_dir):  # then the main process of those that are launched holds the lock
             checked_data(arguments, config, tokenizer)  # bad rows are named once, not by every process
-        return _launch(arguments.accelerate_config, argv)
+        code = _launch(arguments.accelerate_config, argv)
+        if code == EXIT_OK and says_what_next:
+            console.print(_next_step(arguments, config))
+        return code
     config = _with_model_options(config, model)
     is_main = config.process_index == 0  # once this is known, all processes know of each other
     with alone_in(config.output_dir):
@@ -73,7 +77,7 @@ def run(argv: list[str], says_what_next: bool = True) -> int:
     if is_main:
         if config.push_to_hub:
             console.print(f"Forget adapter at α = {config.alpha:g} uploaded to {config.hub_model_id}.")
-        if says_what_next:
+        if says_what_next and not launched:
             console.print(_next_step(arguments, config))
     json_output.report(method=arguments.method, output_dir=config.output_dir)
     return EXIT_OK

@@ -247,6 +247,7 @@ class TestTrain:
         )
         assert result.returncode == 0, result.stderr
         assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+        assert result.stdout.count("Next:") == 1
 
 
 class TestExtrapolate:
