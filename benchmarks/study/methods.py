@@ -150,6 +150,6 @@ METHODS = {
         _operator("best-projection", "projection", of="mirror-soft-full"),
         _operator("msa", "msa", of="clean"),
         *(_baseline(name) for name in TRAINERS if name not in ("extrapolation", "task-vector", "targeted")),
-        *(_fast(name) for name in ("npo", "simnpo", "dpo")),  # the best baselines
+        *(_fast(name) for name in ("npo", "simnpo", "dpo", "satimp")),  # good ones, and one that has not begun
     )
 }
