@@ -150,6 +150,13 @@ METHODS = {
         _operator("best-projection", "projection", of="mirror-soft-full"),
         _operator("msa", "msa", of="clean"),
         *(_baseline(name) for name in TRAINERS if name not in ("extrapolation", "task-vector", "targeted")),
+        Method(
+            "rmu-strong",  # half way up, five times as far as the activations are long
+            "baseline",
+            trainer="rmu",
+            options={"rmu_layer": 3, "rmu_steering": 30.0},
+            compare="rmu",
+        ),
         *(_fast(name) for name in ("npo", "simnpo", "dpo", "satimp")),  # good ones, and one that has not begun
     )
 }
