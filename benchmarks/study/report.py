@@ -205,30 +205,49 @@ def attacks_table(study: Study) -> str:
     return "\n".join(lines)
 
 
-def plot(study: Study, path: Path, shown: int = 8) -> None:
-    """Forget quality against utility: the leaders in colour, the others in grey."""
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    ranking = study.ranking()
-    for rank, name in reversed(list(enumerate(ranking))):
+def plot(study: Study, path: Path, shown: int = 7) -> None:
+    """Forget quality against utility, and within the budget against the membership AUC; the leaders in colour."""
+    figure, (trade_off, membership) = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
+    for rank, name in reversed(list(enumerate(study.ranking()))):
+        style = {
+            "color": f"C{rank}" if rank < shown else "0.8",
+            "linewidth": 1.5 if rank < shown else 0.8,
+            "marker": "o" if METHODS[name].kind != "baseline" else "x",
+            "markersize": 4,
+        }
         for index, run in enumerate(study.runs[name]):
             points = [study.target, *run["points"]]
-            axes.plot(
-                [study.share(p) for p in points],
-                [max(quality(p), 1e-20) for p in points],
-                color=f"C{rank}" if rank < shown else "0.8",
-                linewidth=1.5 if rank < shown else 0.8,
-                marker="o" if METHODS[name].kind != "baseline" else "x",
-                markersize=3,
-                label=name if rank < shown and index == 0 else None,
+            label = name if rank < shown and index == 0 else None
+            trade_off.plot([study.share(p) for p in points], [_shown(p) for p in points], label=label, **style)
+            within = [p for p in points if study.share(p) >= MIN_UTILITY]
+            membership.plot(
+                [p["membership_auc_loss"] for p in within],
+                [_shown(p) for p in within],
+                **style | {"linewidth": 0, "zorder": 3 if rank < shown else 1},
             )
-    axes.axhline(LEVEL, color="black", linewidth=0.8, linestyle="--")
-    axes.axvline(MIN_UTILITY, color="black", linewidth=0.8, linestyle="--")
-    axes.set(yscale="log", xlim=(0.65, 1.03), xlabel="utility, share of the target's", ylabel="forget quality (KS p)")
-    axes.text(0.655, LEVEL * 1.2, "cannot be told from retrained", fontsize=8)
-    axes.legend(fontsize=8, loc="lower left", title="the best methods, in order", reverse=True)
+    for axes in (trade_off, membership):
+        axes.axhline(LEVEL, color="black", linewidth=0.8, linestyle="--")
+    trade_off.axvline(MIN_UTILITY, color="black", linewidth=0.8, linestyle="--")
+    trade_off.set(
+        yscale="log", xlim=(0.65, 1.03), xlabel="utility, share of the target's", ylabel="forget quality (KS p)"
+    )
+    trade_off.text(0.655, LEVEL * 1.2, "cannot be told from retrained", fontsize=8)
+    trade_off.legend(fontsize=8, loc="lower left", title="the best methods, in order", reverse=True)
+    retrained = study.retrained["membership_auc_loss"]
+    membership.axvline(retrained, color="black", linewidth=0.8, linestyle=":")
+    membership.text(retrained - 0.01, 3e-6, "the retrained model's", fontsize=8, rotation=90, ha="right", va="bottom")
+    membership.set(
+        xlim=(-0.03, 1.03),
+        xlabel="membership AUC (1: forget rows look learned, 0: shunned)",
+        title="with at least 98 % of the utility",
+    )
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _shown(figures: dict[str, Any]) -> float:
+    return max(quality(figures), 1e-20)
 
 
 def main() -> None:
