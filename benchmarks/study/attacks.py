@@ -109,10 +109,11 @@ def moved(prepared: Prepared, adapter: LoraAdapter, scale: float) -> PreTrainedM
 
 
 def attack(prepared: Prepared, model: PreTrainedModel, mirrored: PreTrainedModel | None) -> dict[str, Any]:
-    """Figures of a model as it is, in fewer bits, walked back, and relearned."""
+    """Figures of a model as it is, in fewer bits, walked back (the retrained model has no way back), and relearned."""
 
     def figures(of: PreTrainedModel) -> dict[str, Any]:
-        return point(prepared.evaluator(of).evaluate(), 0.0)
+        log = None if mirrored is None else prepared.log  # nothing is compared with itself
+        return point(prepared.evaluator(of, retrained=log).evaluate(), 0.0)
 
     found: dict[str, Any] = {"as it is": figures(model)}
     for bits, rounded in {"8 bits": eight_bits, "4 bits": four_bits}.items():
@@ -166,7 +167,7 @@ def relearn(prepared: Prepared, model: PreTrainedModel) -> list[dict[str, Any]]:
     def others(step: int) -> dict[str, Any]:
         training = trainer.model.training
         trainer.model.eval()
-        columns = prepared.evaluator(trainer.model).evaluate(generate=False).rows["forget"]
+        columns = prepared.evaluator(trainer.model, retrained=None).evaluate(generate=False).rows["forget"]
         trainer.model.train(training)
         values = columns["probability"][len(quarter) :]
         return {"step": step, "probability": sum(values) / len(values)}

@@ -219,11 +219,11 @@ class TestTrain:
 
     def test_ctrl_c_leaves_a_state_that_resumes_to_the_same_adapter(self, interpreters, files, tmp_path):
         straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-        options = ["--num_train_epochs", "100", "--learning_rate", "1e-3"]
+        options = ["--num_train_epochs", "50", "--learning_rate", "1e-3"]
         assert main(train_arguments(files, straight, *options)) == 0
 
         process = interpreters.start("-m", "hf_unlearn.cli", *train_arguments(files, stopped, *options))
-        process.wait_for("'epoch': '20'")
+        process.wait_for("'epoch': '10'")
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130, process.output
         assert "--resume" in process.output
