@@ -1,7 +1,7 @@
 """
 What is left for someone who tries: relearning, coarser weights, and walking back.
 
-    python benchmarks/study/attacks.py --tofu TOFU --work WORK --methods mox mirror-soft-full grad-diff npo
+    python benchmarks/study/attacks.py --tofu TOFU --work WORK --methods rounds-held-nll mox npo wga
 
 Takes the methods that `run.py` has measured at their best point (the best forget quality at 98 % of the target's utility)
 and writes one file a method and seed to results/<setting>/attacks. The retrained model goes through the same, as the

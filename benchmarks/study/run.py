@@ -2,7 +2,7 @@
 The study: every method, several seeds, one number.
 
     python benchmarks/study/run.py --tofu TOFU --work WORK                       # the small setting, all methods
-    python benchmarks/study/run.py --tofu TOFU --work WORK --setting smollm2 --methods mox mirror-soft-full grad-diff npo
+    python benchmarks/study/run.py --tofu TOFU --work WORK --setting smollm2 --methods rounds-held-nll mox npo wga
     python benchmarks/study/run.py --tofu TOFU --work WORK --dry_run             # what is done and what is left
 
 TOFU is a folder with the files of the data set (forget10_perturbed.json, holdout10.json), WORK keeps models and adapters.
