@@ -20,7 +20,8 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import datasets
 import torch
-from measure import MIN_UTILITY, Target, point, train, write
+from best import best
+from measure import Target, point, train, write
 from methods import METHODS, Method
 from peft import LoraConfig
 from run import RESULTS
@@ -59,19 +60,13 @@ def main() -> None:
             if path.exists():
                 continue
             result = json.loads((folder / f"{name}-{seed}.json").read_text())
-            best = best_point(result["points"], target)
-            if best is None:
-                print(f"{name} {seed}: no point within the budget")
+            at = best(result["points"], target.figures, point(prepared.log, 0.0))
+            if at is target.figures:
+                print(f"{name} {seed}: nothing better than the target within the budget")
                 continue
-            model, mirrored = models_at(prepared, result, best["strength"], args.work / args.setting / "runs")
-            write(path, {"method": name, "seed": seed, "at": best} | attack(prepared, model, mirrored))
+            model, mirrored = models_at(prepared, result, at["strength"], args.work / args.setting / "runs")
+            write(path, {"method": name, "seed": seed, "at": at} | attack(prepared, model, mirrored))
             print(f"{name} {seed}: done", flush=True)
-
-
-def best_point(points: list[dict[str, Any]], target: Target) -> dict[str, Any] | None:
-    """The point of the best forget quality within the budget."""
-    within = [figures for figures in points if target.share(figures) >= MIN_UTILITY]
-    return max(within, key=lambda figures: figures["forget_quality"] or 0.0, default=None)
 
 
 def models_at(

@@ -6,12 +6,13 @@ import dataclasses
 import json
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
+from best import MIN_UTILITY, share
 from methods import METHODS, Method
 from peft import LoraConfig, PeftModel
 from setting import Prepared, Setting
@@ -41,7 +42,6 @@ FIGURES = (
     "paraphrased_probability",
     "paraphrased_rouge_l_recall",
 )
-MIN_UTILITY = 0.98
 BROKEN = 0.7  # share of the target's utility below which a sweep ends
 ALPHAS = (1.0, 2.0, 4.0, 8.0)
 REFINEMENTS = 3
@@ -66,7 +66,7 @@ class Target:
 
     def share(self, figures: dict[str, Any]) -> float:
         """Share of the target's utility that is left; 0 for a model whose losses are not finite."""
-        return (figures["utility"] or 0.0) / self.figures["utility"]
+        return share(figures, self.figures)
 
 
 # ---- Training ----
@@ -276,12 +276,6 @@ def _steps_between(points: list[dict[str, Any]], target: Target) -> tuple[int, .
     low, high = (points[left - 1]["strength"] if left else 0), points[left]["strength"]
     between = {round(low + (high - low) * part / (REFINEMENTS + 1)) for part in range(1, REFINEMENTS + 1)}
     return tuple(sorted(between - {low, high}))
-
-
-def best_quality(points: Iterable[dict[str, Any]], target: Target) -> float:
-    """The study's one number: the best forget quality at 98 % of the target's utility, the target's own included."""
-    within = [figures["forget_quality"] or 0.0 for figures in points if target.share(figures) >= MIN_UTILITY]
-    return max([target.figures["forget_quality"], *within])
 
 
 # ---- Rounds ----

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from best import MIN_UTILITY, auc_gap, best, quality, share
 from matplotlib import pyplot as plt
 from methods import METHODS
 
@@ -27,7 +28,6 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs" / "study.md"
-MIN_UTILITY = 0.98
 LEVEL = 0.05
 COLUMNS = {
     "utility": "utility",
@@ -57,19 +57,15 @@ class Study:
 
     def share(self, figures: dict[str, Any]) -> float:
         """Share of the target's utility."""
-        return (figures["utility"] or 0.0) / self.target["utility"]
+        return share(figures, self.target)
 
     def best(self, run: dict[str, Any]) -> dict[str, Any]:
-        """
-        The point of the best forget quality at 98 % of the utility, of equal ones that with the membership AUC nearest to
-        the retrained model's, then that with the least forget probability; the target itself counts.
-        """
-        within = [self.target, *(figures for figures in run["points"] if self.share(figures) >= MIN_UTILITY)]
-        return max(within, key=lambda at: (quality(at), -self.auc_gap(at), -at["forget_probability"]))
+        """The point that stands for a run."""
+        return best(run["points"], self.target, self.retrained)
 
     def auc_gap(self, figures: dict[str, Any]) -> float:
         """How far the membership AUC is from the retrained model's."""
-        return abs(figures["membership_auc_loss"] - self.retrained["membership_auc_loss"])
+        return auc_gap(figures, self.retrained)
 
     def least_auc_gap(self, run: dict[str, Any]) -> float | None:
         """That of the nearest point that passes the test of forget quality within the budget; `None` where none does."""
@@ -92,11 +88,6 @@ class Study:
                 median(name, lambda figures: figures["forget_probability"]),
             ),
         )
-
-
-def quality(figures: dict[str, Any]) -> float:
-    """Forget quality; 0 for a model that has none."""
-    return figures["forget_quality"] or 0.0
 
 
 def seconds(run: dict[str, Any], at: dict[str, Any]) -> float:
@@ -132,15 +123,15 @@ def main_table(study: Study) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     for name in study.ranking():
         runs = study.runs[name]
-        best = [study.best(run) for run in runs]
+        chosen = [study.best(run) for run in runs]
         cells = [
             f"**{name}**" if METHODS[name].kind != "baseline" else name,
             str(len(runs)),
-            spread([figures["strength"] for figures in best], "{:.3g}".format),
-            spread([quality(figures) for figures in best], p_value),
-            *(spread([figures[column] for figures in best], "{:.3f}".format) for column in COLUMNS),
+            spread([figures["strength"] for figures in chosen], "{:.3g}".format),
+            spread([quality(figures) for figures in chosen], p_value),
+            *(spread([figures[column] for figures in chosen], "{:.3f}".format) for column in COLUMNS),
             spread([study.least_auc_gap(run) for run in runs]),
-            spread([seconds(run, at) for run, at in zip(runs, best, strict=True)], "{:.0f}".format),
+            spread([seconds(run, at) for run, at in zip(runs, chosen, strict=True)], "{:.0f}".format),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -235,7 +226,8 @@ def plot(study: Study, path: Path, shown: int = 7) -> None:
     trade_off.legend(fontsize=8, loc="lower left", title="the best methods, in order", reverse=True)
     retrained = study.retrained["membership_auc_loss"]
     membership.axvline(retrained, color="black", linewidth=0.8, linestyle=":")
-    membership.text(retrained - 0.01, 3e-6, "the retrained model's", fontsize=8, rotation=90, ha="right", va="bottom")
+    beside = {"rotation": 90, "ha": "right", "va": "bottom", "transform": membership.get_xaxis_transform()}
+    membership.text(retrained - 0.01, 0.05, "the retrained model's", fontsize=8, **beside)
     membership.set(
         xlim=(-0.03, 1.03),
         xlabel="membership AUC (1: forget rows look learned, 0: shunned)",

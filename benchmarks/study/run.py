@@ -19,7 +19,8 @@ import logging
 import time
 from pathlib import Path
 
-from measure import Target, best_quality, point, run, write
+from best import best
+from measure import Target, point, run, write
 from methods import METHODS
 from setting import SETTINGS, prepare
 from transformers.utils import logging as transformers_logging
@@ -55,7 +56,8 @@ def main() -> None:
         prepared = prepare(args.setting, args.tofu, args.work, args.base_model)
     target = Target(prepared)
     write(folder / "target.json", target.figures)
-    write(folder / "retrained.json", point(prepared.log, 0.0))
+    retrained = point(prepared.log, 0.0)
+    write(folder / "retrained.json", retrained)
     for name, seed in left:
         if args.time_limit is not None and time.monotonic() - begun > args.time_limit:
             print("The time is up. The same command goes on.")
@@ -67,8 +69,11 @@ def main() -> None:
             start = time.monotonic()
             result = run(prepared, target, METHODS[name], seed, args.work / args.setting / "runs")
             write(path, result)
-            quality = best_quality(result["points"], target)
-            print(f"{name} {seed}: forget quality {quality:.2e}, {time.monotonic() - start:.0f} s", flush=True)
+            figures = best(result["points"], target.figures, retrained)
+            print(
+                f"{name} {seed}: forget quality {figures['forget_quality']:.2e}, {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
 
 
 class _locked:
