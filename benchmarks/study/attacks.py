@@ -54,13 +54,14 @@ def main() -> None:
     if not retrained.exists():
         model = AutoModelForCausalLM.from_pretrained(prepared.retrained, dtype=torch.float32)
         write(retrained, attack(prepared, model, None))
+    of_retrained = point(prepared.log, 0.0)
     for seed in args.seeds:
         for name in args.methods:
             path = folder / "attacks" / f"{name}-{seed}.json"
             if path.exists():
                 continue
             result = json.loads((folder / f"{name}-{seed}.json").read_text())
-            at = best(result["points"], target.figures, point(prepared.log, 0.0))
+            at = best(result["points"], target.figures, of_retrained)
             if at is target.figures:
                 print(f"{name} {seed}: nothing better than the target within the budget")
                 continue

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_unlearn.trainer.baselines import METHODS as TRAINERS
@@ -57,7 +56,7 @@ def _baseline(name: str) -> Method:
 
 
 def _fast(name: str) -> Method:
-    return dataclasses.replace(_baseline(name), name=f"{name}-fast", learning_rate=1.0, compare=name)
+    return replace(_baseline(name), name=f"{name}-fast", learning_rate=1.0, compare=name)
 
 
 def _operator(name: str, operator: str, of: str = "mox") -> Method:
