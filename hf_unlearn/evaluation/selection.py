@@ -88,7 +88,8 @@ def choose_alpha(
             Coarse grid.
         rule (`str`, *optional*):
             `"match-retrain"`: the largest forget quality (KS p-value against a retrained model's log) within the
-            budget; α grows until the median truth ratio of the forget set reaches the retrained model's.
+            budget, and of several α with the same one, that whose median truth ratio of the forget set is nearest the
+            retrained model's; α grows until this median is reached.
             `"match-holdout"`: the membership AUC of forget against hold-out rows (loss attack) nearest 0.5 within the
             budget. `"utility-budget"`: the largest α within the budget. The first of them that the data allow if not
             given.
@@ -251,7 +252,8 @@ def _match_retrain(steps: _Steps, auc_tolerance: float) -> Finish:
 
     def finish() -> Choice:
         quality = {alpha: steps.at(alpha).value("forget_quality") for alpha in steps.candidates("forget_quality")}
-        alpha = max(quality, key=quality.get)
+        best = [tried for tried in quality if quality[tried] == max(quality.values())]
+        alpha = 0.0 if 0.0 in best else min(best, key=lambda tried: abs(_median_truth_ratio(steps.at(tried)) - goal))
         met = alpha > 0 and quality[alpha] > ALPHA_LEVEL
         verdict = f"α = {alpha:g}: forget quality {quality[0.0]:.3g} → {quality[alpha]:.3g}, {steps.kept(alpha)}. "
         if met:

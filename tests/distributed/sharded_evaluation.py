@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tiny import VOCABULARY as WORDS
 from tiny import tiny_rows, tiny_tokenizer
 from torch.distributed.tensor import DTensor
@@ -141,7 +142,8 @@ def main(sharding: str, model: str, output_dir: str) -> None:
         forget_dataset=tiny_rows(8, seed=1),
         retain_dataset=tiny_rows(8, seed=2),
         processing_class=tokenizer(),
-    )
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+    )  # DeepSpeed's hooks are what a pass takes: as few modules as have all kinds of them
     rank = trainer.accelerator.process_index
     trainer.add_callback(EvaluationCallback(trainer, protocol(), generate=True, batch_size=2))
     trainer.add_callback(SaveAdapters(trainer))

@@ -18,6 +18,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
+from peft import LoraConfig
 from tiny import tiny_rows
 from torch.distributed.tensor import DTensor
 
@@ -66,6 +67,8 @@ def build(
         forget_dataset=tiny_rows(num_forget, seed=1),
         retain_dataset=tiny_rows(7, seed=2),
         eval_dataset={"forget": tiny_rows(5, seed=1)} if "eval_steps" in options else None,
+        # few modules, as DeepSpeed's hooks take the longest here
+        peft_config=LoraConfig(r=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
     )
 
 

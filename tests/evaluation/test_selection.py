@@ -172,6 +172,20 @@ class TestMatchRetrain:
         assert (some.alpha, some.met) == (2, False)
         assert some.verdict.endswith("Still told apart from the retrained model (p ≤ 0.05).")
 
+    @pytest.mark.parametrize(
+        ("ratios", "p_value", "alpha"),
+        [
+            # of ten against ten rows 0.1 apart: all shifts between 0.2 and 0.3 leave three without a partner, D = 0.3
+            ({0: -3, 1: 0.22, 2: 0.27, 3: 0.29}, 0.7869, 3),
+            ({0: -3, 1: 0.42, 2: 0.53, 3: 0.58}, 1.0, 2),  # D = 0.1 for 0.08 too low, 0.03 and 0.08 too high
+        ],
+    )
+    def test_of_equal_qualities_the_nearer_truth_ratios_decide(self, ratios, p_value, alpha):
+        choice = choose_alpha(Drawn(ratio=ratios.get, log=self.LOG), [1, 2, 3], rule="match-retrain", refinements=0)
+        tried = [entry["forget_quality"] for entry in choice.evidence[1:]]
+        assert tried == [pytest.approx(p_value, abs=1e-4)] * len(tried) and len(tried) > 1
+        assert choice.alpha == alpha
+
     def test_the_budget_bounds_it(self):
         drawn = Drawn(ratio=lambda alpha: 0.25 * alpha, log=self.LOG, utility=lambda alpha: 1 - 0.05 * alpha)
         choice = choose_alpha(drawn, refinements=5)
