@@ -208,12 +208,13 @@ def run(prepared: Prepared, target: Target, method: Method, seed: int, work: Pat
     if method.kind == "operator":
         adapter, facts = _combined(prepared, method, seed, work)
     elif method.kind == "rounds":
-        facts = _train_rounds(prepared, METHODS[method.of], seed, adapter)
+        facts = _train_rounds(prepared, method, seed, adapter)
     else:
         facts = train(prepared, method, seed, adapter)
     model = PeftModel.from_pretrained(prepared.load_target(), adapter) if isinstance(adapter, Path) else adapter
     start = time.perf_counter()
-    points, rules = sweep(prepared, target, model, ALPHAS_OF_ROUNDS if method.kind == "rounds" else ALPHAS)
+    in_rounds = "rounds" in (method.kind, METHODS[method.of].kind)
+    points, rules = sweep(prepared, target, model, ALPHAS_OF_ROUNDS if in_rounds else ALPHAS)
     if isinstance(adapter, Path):
         facts["delta_norm"] = _norm(adapter)
     return result | facts | {"sweep_seconds": round(time.perf_counter() - start, 1), "points": points, "rules": rules}
@@ -282,7 +283,7 @@ def _steps_between(points: list[dict[str, Any]], target: Target) -> tuple[int, .
 
 
 def _train_rounds(prepared: Prepared, method: Method, seed: int, work: Path) -> dict[str, Any]:
-    """Memorise, walk a short way, memorise again from there; each round trains by `method`. A stopped run goes on."""
+    """Memorise, walk a short way, memorise again from there. A stopped run goes on."""
     log = work / "rounds.json"
     took: dict[str, list[float]] = json.loads(log.read_text()) if log.exists() else {}
 
@@ -335,9 +336,9 @@ def _combined(prepared: Prepared, method: Method, seed: int, work: Path) -> tupl
         ]
         update = operators.scale_layers(adapter, operators.fisher_factors(adapter, *fisher))
     else:
-        retain = work / f"retain-{of.name}-{seed}"
+        retain = work / f"retain-mox-{seed}"
         if not (retain / "unlearning.json").exists():
-            train(prepared, of, seed, retain, swap=True)
+            train(prepared, METHODS["mox"], seed, retain, swap=True)
         update = (
             operators.project(adapter, retain)
             if method.operator == "projection"
@@ -354,7 +355,7 @@ def _took(start: float) -> dict[str, Any]:
 def _trained(prepared: Prepared, method: Method, seed: int, work: Path) -> Path:
     folder = work / f"{method.name}-{seed}"
     if not (folder / "unlearning.json").exists():
-        train(prepared, method, seed, folder)
+        (_train_rounds if method.kind == "rounds" else train)(prepared, method, seed, folder)
     return folder
 
 

@@ -24,7 +24,7 @@ class Method:
         columns (`tuple[str, ...]`): Columns of the forget rows that are used too: `paraphrases`, `wrong_answers`.
         learning_rate (`float`): Multiple of the setting's.
         operator (`str`, *optional*): Operator of an `"operator"`.
-        of (`str`): Method whose adapters the operator takes, or by which each round trains.
+        of (`str`): Method whose adapters the operator takes.
         compare (`str`): Name of the method it is paired with.
     """
 
@@ -63,22 +63,33 @@ def _operator(name: str, operator: str, of: str = "mox") -> Method:
     return Method(name, "operator", operator=operator, of=of, compare=of)
 
 
-def _rounds(name: str, of: str) -> Method:
-    return Method(name, "rounds", of=of, compare=of)
+def _rounds(name: str, compare: str, **options: Any) -> Method:
+    columns = options.pop("columns", ())
+    return Method(name, "rounds", options=MIRROR_SOFT | options, full_batch=True, columns=columns, compare=compare)
 
 
 METHODS = {
     method.name: method
     for method in (
         _rounds("rounds", "mirror-soft-full"),
-        _rounds("rounds-lambda10", "mirror-soft-lambda10"),
-        _rounds("rounds-held", "mirror-half-soft-full"),
-        _rounds("rounds-held-lambda10", "mirror-half-soft-lambda10"),
-        _rounds("rounds-held-nll", "mirror-half-soft-nll"),
-        _rounds("rounds-held-wrong", "mirror-half-soft-wrong"),
-        _rounds("rounds-retain2", "mirror-soft-full-retain2"),
-        _rounds("rounds-mox", "mox"),
-        _rounds("rounds-task-vector", "task-vector"),
+        _rounds("rounds-lambda10", "rounds", retain_kl_weight=10.0),
+        _rounds("rounds-held", "rounds", retain_kl_scale=-0.5),  # where the step of a round ends
+        _rounds("rounds-held-lambda10", "rounds-lambda10", retain_kl_scale=-0.5, retain_kl_weight=10.0),
+        _rounds(
+            "rounds-held-nll",  # the retain rows are trained on as well, as the baselines do
+            "rounds-held-lambda10",
+            retain_kl_scale=-0.5,
+            retain_kl_weight=10.0,
+            retain_nll_weight=10.0,
+        ),
+        _rounds(
+            "rounds-held-wrong",
+            "rounds-held-lambda10",
+            retain_kl_scale=-0.5,
+            retain_kl_weight=10.0,
+            columns=("wrong_answers",),
+        ),
+        Method("rounds-mox", "rounds", options=PAPER, compare="mox"),
         _extrapolation("task-vector", PAPER | {"retain_kl_weight": 0.0}),
         _extrapolation("mox", PAPER, compare="task-vector"),
         _extrapolation("mox-lambda10", PAPER | {"retain_kl_weight": 10.0}, compare="mox"),
@@ -89,65 +100,26 @@ METHODS = {
         _extrapolation("full-batch", PAPER, full_batch=True, compare="mox"),
         _extrapolation("soft", SOFT, compare="mox"),
         _extrapolation("mirror", MIRROR, compare="mox"),
-        _extrapolation("mirror-lambda10", MIRROR | {"retain_kl_weight": 10.0}, compare="mirror"),
-        _extrapolation("mirror-soft", MIRROR_SOFT, compare="mirror"),
-        _extrapolation("mirror-full", MIRROR, full_batch=True, compare="mirror"),
-        _extrapolation("mirror-soft-full", MIRROR_SOFT, full_batch=True, compare="mirror-soft"),
-        _extrapolation(
-            "mirror-half-soft-full",  # held at the end of a round's step
-            MIRROR_SOFT | {"retain_kl_scale": -0.5},
-            full_batch=True,
-            compare="mirror-soft-full",
-        ),
-        _extrapolation(
-            "mirror-half-soft-lambda10",
-            MIRROR_SOFT | {"retain_kl_scale": -0.5, "retain_kl_weight": 10.0},
-            full_batch=True,
-            compare="mirror-half-soft-full",
-        ),
-        _extrapolation(
-            "mirror-half-soft-nll",  # the retain rows are trained on as well, as the baselines do
-            MIRROR_SOFT | {"retain_kl_scale": -0.5, "retain_kl_weight": 10.0, "retain_nll_weight": 10.0},
-            full_batch=True,
-            compare="mirror-half-soft-lambda10",
-        ),
-        _extrapolation(
-            "mirror-half-soft-wrong",
-            MIRROR_SOFT | {"retain_kl_scale": -0.5, "retain_kl_weight": 10.0},
-            full_batch=True,
-            columns=("wrong_answers",),
-            compare="mirror-half-soft-lambda10",
-        ),
+        _extrapolation("mirror-soft-full", MIRROR_SOFT, full_batch=True, compare="mox"),
         _extrapolation(
             "mirror-soft-lambda10",
             MIRROR_SOFT | {"retain_kl_weight": 10.0},
             full_batch=True,
             compare="mirror-soft-full",
         ),
-        _extrapolation(
-            "mirror-soft-full-retain2",
-            MIRROR_SOFT | {"retain_per_forget": 2},
-            full_batch=True,
-            compare="mirror-soft-full",
-        ),
         _extrapolation("paraphrases", PAPER, columns=("paraphrases",), compare="mox"),
         _extrapolation("wrong-answers", PAPER, columns=("wrong_answers",), compare="mox"),
-        _extrapolation(
-            "mirror-soft-hard",
-            MIRROR_SOFT,
-            full_batch=True,
-            columns=("paraphrases", "wrong_answers"),
-            compare="mirror-soft-full",
-        ),
         _operator("momentum", "momentum"),
         _operator("seed-average", "average"),
         _operator("consensus", "consensus"),
         _operator("projection", "projection"),
         _operator("fisher", "fisher"),
         _operator("retain-vector", "retain_vector"),
-        _operator("best-average", "average", of="mirror-soft-full"),
-        _operator("best-projection", "projection", of="mirror-soft-full"),
-        _operator("msa", "msa", of="clean"),
+        _operator("rounds-average", "average", of="rounds-held-nll"),
+        _operator("rounds-consensus", "consensus", of="rounds-held-nll"),
+        _operator("rounds-projection", "projection", of="rounds-held-nll"),
+        _operator("rounds-fisher", "fisher", of="rounds-held-nll"),
+        _operator("msa", "msa", of="task-vector"),
         *(_baseline(name) for name in TRAINERS if name not in ("extrapolation", "task-vector", "targeted")),
         Method(
             "rmu-strong",  # half way up, five times as far as the activations are long

@@ -67,12 +67,17 @@ class Study:
         """How far the membership AUC is from the retrained model's."""
         return auc_gap(figures, self.retrained)
 
+    def within(self, run: dict[str, Any]) -> list[dict[str, Any]]:
+        """The points of a run that keep the budget, the target among them."""
+        return [figures for figures in (self.target, *run["points"]) if self.share(figures) >= MIN_UTILITY]
+
     def least_auc_gap(self, run: dict[str, Any]) -> float | None:
         """That of the nearest point that passes the test of forget quality within the budget; `None` where none does."""
-        passing = [
-            figures for figures in run["points"] if self.share(figures) >= MIN_UTILITY and quality(figures) > LEVEL
-        ]
-        return min(map(self.auc_gap, passing), default=None)
+        return min((self.auc_gap(at) for at in self.within(run) if quality(at) > LEVEL), default=None)
+
+    def least_probability(self, run: dict[str, Any]) -> float:
+        """The least forget probability within the budget."""
+        return min(figures["forget_probability"] for figures in self.within(run))
 
     def ranking(self) -> list[str]:
         """Methods by the median of their best forget quality, then by the AUC, then by what is left of the forget rows."""
@@ -139,22 +144,27 @@ def main_table(study: Study) -> str:
 
 def pairs_table(study: Study) -> str:
     """Matched pairs: the same seed, one thing changed."""
-    lines = ["| changed | against | seeds | better in | forget quality | against |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| changed | against | seeds | better in | forget quality | against | least probability | against |",
+        "|" + "---|" * 8,
+    ]
     for name in study.runs:
         other = METHODS[name].compare
         if other not in study.runs:
             continue
         others = {run["seed"]: run for run in study.runs[other]}
-        matched = [
-            (study.best(run), study.best(others[run["seed"]])) for run in study.runs[name] if run["seed"] in others
-        ]
+        matched = [(run, others[run["seed"]]) for run in study.runs[name] if run["seed"] in others]
         if not matched:
             continue
-        better = sum(quality(mine) > quality(theirs) for mine, theirs in matched)
-        mine, theirs = ([quality(pair[side]) for pair in matched] for side in (0, 1))
-        lines.append(
-            f"| {name} | {other} | {len(matched)} | {better} | {spread(mine, p_value)} | {spread(theirs, p_value)} |"
-        )
+        sides = [
+            [(quality(study.best(run)), study.least_probability(run)) for run in side]
+            for side in zip(*matched, strict=True)
+        ]
+        better = sum((mine[0], -mine[1]) > (theirs[0], -theirs[1]) for mine, theirs in zip(*sides, strict=True))
+        cells = [name, other, str(len(matched)), str(better)]
+        cells += [spread([figures[0] for figures in side], p_value) for side in sides]
+        cells += [spread([figures[1] for figures in side], "{:.3f}".format) for side in sides]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -210,7 +220,7 @@ def plot(study: Study, path: Path, shown: int = 7) -> None:
             points = [study.target, *run["points"]]
             label = name if rank < shown and index == 0 else None
             trade_off.plot([study.share(p) for p in points], [_shown(p) for p in points], label=label, **style)
-            within = [p for p in points if study.share(p) >= MIN_UTILITY]
+            within = study.within(run)
             membership.plot(
                 [p["membership_auc_loss"] for p in within],
                 [_shown(p) for p in within],
