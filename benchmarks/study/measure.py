@@ -15,7 +15,7 @@ import torch
 from best import MIN_UTILITY, share
 from methods import METHODS, Method
 from peft import LoraConfig, PeftModel
-from setting import Prepared, Setting
+from setting import Prepared
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from hf_unlearn import ExtrapolationTrainer, train_in_rounds
@@ -47,7 +47,6 @@ ALPHAS = (1.0, 2.0, 4.0, 8.0)
 REFINEMENTS = 3
 ROUNDS, ROUND_ALPHA = 4, 0.5
 ALPHAS_OF_ROUNDS = (0.5, 0.75, 1.0, 1.25, 1.5)  # of the sum of all rounds
-STEPS = (0.16, 0.32, 0.64, 1, 1.5, 2, 3, 4, 5)  # of a baseline, as multiples of the setting's
 COLLAPSED = 0.3  # share below which a baseline does not come back
 RULES = ("match-retrain", "match-holdout", "utility-budget")
 RANK = 16
@@ -87,7 +86,7 @@ def config_of(prepared: Prepared, method: Method, seed: int, output_dir: Path) -
     accumulation = -(-len(prepared.rows.forget) // setting.batch_size) if method.full_batch else 1
     steps = max(5, setting.steps // 4) if method.full_batch else setting.steps
     if method.kind == "baseline":
-        steps = steps_of(setting)[-1]
+        steps = setting.baseline_steps[-1]
     options = {"paraphrases": "paraphrased_answer", "wrong_answers": "perturbed_answer"}
     return config_class(
         **{
@@ -110,11 +109,6 @@ def config_of(prepared: Prepared, method: Method, seed: int, output_dir: Path) -
             **method.options,
         }
     )
-
-
-def steps_of(setting: Setting) -> tuple[int, ...]:
-    """The numbers of steps after which a baseline is evaluated."""
-    return tuple(round(multiple * setting.steps) for multiple in STEPS)
 
 
 def lora() -> LoraConfig:
@@ -262,7 +256,7 @@ def _run_baseline(prepared: Prepared, target: Target, method: Method, seed: int,
         facts["seconds"] = round(facts["seconds"] - made[0].seconds, 1)
         return facts | {"points": made[0].points}
 
-    result = trained(steps_of(prepared.setting))
+    result = trained(prepared.setting.baseline_steps)
     finer = _steps_between(result["points"], target)
     if finer:
         result["points"] = sorted(result["points"] + trained(finer)["points"], key=lambda p: p["strength"])

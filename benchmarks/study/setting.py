@@ -38,6 +38,7 @@ MEASURES = {
     "retain": ("probability", "truth_ratio", "rouge", "degenerate"),
     "paraphrased": ("probability", "rouge"),
 }
+SMALL_STEPS = (8, 16, 32, 50, 75, 100, 150, 200, 250)
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Setting:
         retain_evaluated (`int`): Retain rows that are evaluated, evenly spread.
         epochs (`int`): Passes in which target and retrained model learn their rows.
         steps (`int`): Optimiser steps of an unlearning run.
+        baseline_steps (`tuple[int, ...]`): Numbers of steps after which a baseline is evaluated; it trains for the last.
         batch_size (`int`): Forget rows of a step, and as many retain rows.
         learning_rate (`float`): Of an unlearning run, unless the method says otherwise.
         max_new_tokens (`int`): Longest answer.
@@ -63,6 +65,7 @@ class Setting:
     retain_evaluated: int
     epochs: int
     steps: int
+    baseline_steps: tuple[int, ...]
     batch_size: int
     learning_rate: float
     max_new_tokens: int
@@ -71,8 +74,8 @@ class Setting:
 SETTINGS = {
     setting.name: setting
     for setting in (
-        Setting("small", slice(0, 400), slice(360, 400), 40, 30, 50, 8, 1e-3, 48),
-        Setting("smollm2", slice(300, 400), slice(380, 400), 20, 8, 20, 10, 5e-4, 48),
+        Setting("small", slice(0, 400), slice(360, 400), 40, 30, 50, SMALL_STEPS, 8, 1e-3, 48),
+        Setting("smollm2", slice(300, 400), slice(380, 400), 20, 8, 20, (10, 20, 40, 60), 10, 5e-4, 48),
     )
 }
 
