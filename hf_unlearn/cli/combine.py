@@ -21,7 +21,7 @@ from hf_unlearn.cli.common import (
     verified_checkpoint,
 )
 from hf_unlearn.cli.parser import CommandParser
-from hf_unlearn.cli.terminal import console, describe_merge, json_output, print_plan
+from hf_unlearn.cli.terminal import console, json_output, print_plan
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import (
     LoraAdapter,
@@ -301,7 +301,7 @@ def _write_model(arguments: CombineArguments, update: SignConsensus) -> int:
         f"realised error of the update {report.realised_error:.2e} (worst {report.worst_error:.2e} in "
         f"{report.worst_tensor})."
     )
-    json_output.report(**describe_merge(report))
+    json_output.report(**report.to_dict())
     return EXIT_OK
 
 

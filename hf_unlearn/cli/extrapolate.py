@@ -11,7 +11,7 @@ from hf_unlearn.cli import EXIT_OK
 from hf_unlearn.cli.common import alone_in, base_of, refuse_existing, refuse_idle
 from hf_unlearn.cli.parser import CommandParser
 from hf_unlearn.cli.push import upload
-from hf_unlearn.cli.terminal import console, describe_merge, json_output, print_plan
+from hf_unlearn.cli.terminal import console, json_output, print_plan
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import LoraAdapter, MergePlan, extrapolate, plan_merge, save_forget_adapter
 from hf_unlearn.extrapolation.arithmetic import check_alpha
@@ -171,7 +171,7 @@ def _write_model(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> None:
         f"{report.total_bytes / 1e6:,.0f} MB, realised error of the update {report.realised_error:.2e} "
         f"(worst {report.worst_error:.2e} in {report.worst_tensor})."
     )
-    json_output.report(**describe_merge(report))
+    json_output.report(**report.to_dict())
 
 
 def _needs(plan: MergePlan) -> str:

@@ -14,7 +14,7 @@ from hf_unlearn.cli.common import alone_in, load_causal_lm, load_tokenizer, refu
 from hf_unlearn.cli.methods import extrapolates, method_of
 from hf_unlearn.cli.parser import CommandParser
 from hf_unlearn.cli.requests_tables import measurement_table, request_lines, requests_table
-from hf_unlearn.cli.terminal import console, describe_merge, json_output, print_plan, stderr
+from hf_unlearn.cli.terminal import console, json_output, print_plan, stderr
 from hf_unlearn.data import load_rows
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.evaluation.batching import parse_batch_size
@@ -240,7 +240,7 @@ def _build(ledger: Ledger, arguments: options.BuildArguments) -> int:
         )
     json_output.report(requests=[request.id for request in chosen])
     if isinstance(written, MergeReport):
-        json_output.report(**describe_merge(written))
+        json_output.report(**written.to_dict())
         console.print(
             f"Model that forgets {what} written to {written.output_dir}: {written.adapted_tensors} tensors changed, realised "
             f"error of the update {written.realised_error:.2e} (worst {written.worst_error:.2e} in "

@@ -6,13 +6,10 @@ import json
 import math
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
-
-from hf_unlearn.extrapolation import MergeReport
 
 
 console = Console(soft_wrap=True)
@@ -72,8 +69,3 @@ def print_plan(plan: str) -> None:
     """Print what a run would do, for `--dry_run`."""
     console.print(plan)
     json_output.report(dry_run=True, plan=plan)
-
-
-def describe_merge(report: MergeReport) -> dict[str, Any]:
-    """What a merge has written, for `--json`; `unlearning.json` has the rest."""
-    return {item.name: getattr(report, item.name) for item in fields(report) if item.name != "provenance"}

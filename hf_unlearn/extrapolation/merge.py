@@ -7,7 +7,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ class MergeReport:
     worst_tensor: str
     worst_error: float
     provenance: dict[str, Any] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report without the provenance, which is in the folder."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "provenance"}
 
 
 def extrapolate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import kill_in_call
 import pytest
 from extrapolation_models import build_llama, save_pair
 from interpreters import Interpreters, Process
@@ -13,28 +14,21 @@ from safetensors.torch import load_file
 from hf_unlearn.cli import main
 
 
-# The command line, killed before its `count`-th call of `name`; or slow at each tensor, to be killed from outside.
-SCRIPT = """
-import os, signal, sys, time
-from pathlib import Path
+MOMENTS = {  # in which it kills itself
+    "fsync": ("os", "fsync", 2),
+    "first-rename": ("pathlib:Path", "rename", 1),
+    "second-rename": ("pathlib:Path", "rename", 2),
+    "removal": ("shutil", "rmtree", 1),
+}
+# The command line, slow at each tensor, to be killed from outside.
+SLOW = """
+import sys, time
 from hf_unlearn.cli import main
 from hf_unlearn.extrapolation import checkpoint
 
-owner, name, count = {"fsync": (os, "fsync", 2), "first-rename": (Path, "rename", 1),
-                      "second-rename": (Path, "rename", 2), "removal": (checkpoint.shutil, "rmtree", 1),
-                      "write": (checkpoint, "_as_bytes", 0)}[sys.argv[1]]
-original, calls = getattr(owner, name), []
-
-def call(*args, **options):
-    calls.append(name)
-    if not count:
-        time.sleep(0.2)
-    elif len(calls) == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **options)
-
-setattr(owner, name, call)
-sys.exit(main(["extrapolate", *sys.argv[2:]]))
+as_bytes = checkpoint._as_bytes
+checkpoint._as_bytes = lambda tensor: time.sleep(0.2) or as_bytes(tensor)
+sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -45,18 +39,21 @@ def pair(tmp_path_factory):
 
 
 def start(interpreters: Interpreters, pair, output: Path, moment: str) -> Process:
-    base, adapter = pair
-    arguments = ["--base", base, "--adapter", adapter, "--output_dir", output, "--alpha", "2", "--overwrite"]
-    return interpreters.start("-c", SCRIPT, moment, *arguments)
+    killing = (kill_in_call.__file__, *MOMENTS[moment]) if moment in MOMENTS else ("-c", SLOW)
+    return interpreters.start(*killing, *arguments(pair, output))
+
+
+def arguments(pair, output: Path) -> list[str]:
+    base, adapter = map(str, pair)
+    options = ["--base", base, "--adapter", adapter, "--alpha", "2", "--overwrite"]
+    return ["extrapolate", *options, "--output_dir", str(output)]
 
 
 def run_again(pair, output: Path) -> None:
     """A later run, which is not killed."""
-    base, adapter = pair
-    arguments = ["--base", base, "--adapter", adapter, "--output_dir", output, "--alpha", "2", "--overwrite"]
-    assert main(["extrapolate", *map(str, arguments)]) == 0
+    assert main(arguments(pair, output)) == 0
     assert list(output.parent.iterdir()) == [output]
-    for path in base.glob("*.safetensors"):
+    for path in pair[0].glob("*.safetensors"):
         assert load_file(output / path.name).keys() == load_file(path).keys()
 
 
