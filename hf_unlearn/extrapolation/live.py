@@ -5,8 +5,10 @@ The forget model in memory: by rescaling the live adapter, which touches only Py
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedTokenizerBase
 
 from hf_unlearn.errors import UnlearningError
@@ -46,8 +49,8 @@ def adapter_scale(model: nn.Module, scale: float | torch.Tensor) -> Iterator[Non
 
     Args:
         model (`torch.nn.Module`): A model with LoRA layers, wrapped or not.
-        scale (`float` or `torch.Tensor` of shape `(batch, 1, 1)`): Factor of the trained scale; a tensor gives each row
-            of the batch a factor of its own.
+        scale (`float` or `torch.Tensor` of shape `(batch, length)`): Factor of the trained scale; a tensor gives each
+            token of a batch a factor of its own, also in layers that get the tokens of all rows in one line.
     """
     if not torch.isfinite(torch.as_tensor(scale)).all():
         raise UnlearningError(f"`scale` must be a finite number, got {scale}.")
@@ -57,14 +60,45 @@ def adapter_scale(model: nn.Module, scale: float | torch.Tensor) -> Iterator[Non
     if any(layer.merged for layer in layers):
         raise UnlearningError("The adapter is merged into the base, so its scale has no effect. Unmerge it first.")
     previous = [dict(layer.scaling) for layer in layers]
+    hooks: list[RemovableHandle] = []
     try:
         for layer in layers:
+            if isinstance(scale, torch.Tensor):
+                hooks.append(layer.register_forward_pre_hook(partial(_scale_tokens, scale)))
+                continue
             for adapter in layer.active_adapters:
                 layer.set_scale(adapter, scale)
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for layer, scaling in zip(layers, previous, strict=True):
             layer.scaling.update(scaling)
+
+
+def _scale_tokens(scale: torch.Tensor, layer: LoraLayer, args: tuple[torch.Tensor, ...]) -> None:
+    """Give a layer, before its forward, the factors of the tokens that it gets."""
+    if layer.disable_adapters:  # the reference, which may be asked about some of the rows
+        return
+    tokens = args[0].shape[:-1]
+    if tokens != scale.shape and tokens != (scale.numel(),):
+        raise UnlearningError(
+            f"A {type(layer.get_base_layer()).__name__} with an adapter gets {tuple(tokens)} tokens of a batch of "
+            f"{tuple(scale.shape)}, so it is not known which belong to the retain rows. Leave the module out of "
+            "`target_modules`, or set `retain_kl_scale` to 1."
+        )
+    for adapter in layer.active_adapters:
+        layer.set_scale(adapter, scale.reshape(*tokens, 1))
+
+
+def check_tokens_in_order(model: nn.Module) -> None:
+    """Raise if an adapter is on an expert that gets some tokens of a batch only: which, its input does not say."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and re.search(r"\.experts\.\d+\.", name):
+            raise UnlearningError(
+                f"The adapter on {name!r} gets the tokens that a router sends there, so it is not known which belong to "
+                "the retain rows. Leave the experts out of `target_modules`, or set `retain_kl_scale` to 1."
+            )
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from hf_unlearn.data.sampling import write_rows
 from hf_unlearn.errors import UnlearningError, explaining
 from hf_unlearn.extrapolation.fingerprint import fingerprint_files_of, fingerprint_model, is_quantised
 from hf_unlearn.extrapolation.linearity import check_lora_config, check_target_modules
-from hf_unlearn.extrapolation.live import adapter_scale, is_sharded
+from hf_unlearn.extrapolation.live import adapter_scale, check_tokens_in_order, is_sharded
 from hf_unlearn.extrapolation.provenance import package_versions, write_provenance
 from hf_unlearn.extrapolation.sharded import whole_adapter
 from hf_unlearn.lm_head import LMHead, add_score_fn_to_forward
@@ -193,6 +193,8 @@ class UnlearningTrainer(MethodHooks, AsksReference, SavesWhole, SFTTrainer):
         base = self.base_model
         if peft_config is not None:
             check_target_modules(base, peft_config)
+            if self.scales_retain_rows:
+                check_tokens_in_order(base)
         if args.disable_dropout:
             _disable_base_dropout(self.model)
         if is_quantised(base):
@@ -274,21 +276,26 @@ class UnlearningTrainer(MethodHooks, AsksReference, SavesWhole, SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], num_items_in_batch=None):
         # The scale must still be in place when gradient checkpointing runs the forward again during the backward.
-        with self._retain_rows_scaled(inputs["is_forget"] | inputs["is_alternate"], inputs["rows"]):
+        with self._retain_rows_scaled(inputs):
             return super().training_step(model, inputs, num_items_in_batch)
 
+    @property
+    def scales_retain_rows(self) -> bool:
+        """Whether the retain term is measured elsewhere than at the trained adapter."""
+        return self.uses_retain and (self.args.retain_kl_scale != 1.0 or self.args.retain_kl_both_signs)
+
     @contextmanager
-    def _retain_rows_scaled(self, is_other: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
+    def _retain_rows_scaled(self, inputs: dict[str, torch.Tensor]) -> Iterator[None]:
         """Multiply the adapter by `retain_kl_scale` on the retain rows of the batch, in one and the same forward."""
-        both_signs = self.args.retain_kl_both_signs
-        if not self.uses_retain or (self.args.retain_kl_scale == 1.0 and not both_signs):
+        if not self.scales_retain_rows:
             yield
             return
+        rows = inputs["rows"]
         scale = torch.full(rows.shape, self.args.retain_kl_scale, device=rows.device)
-        if both_signs:
+        if self.args.retain_kl_both_signs:
             scale = torch.where((rows + self.train_dataset.epoch) % 2 == 0, scale, -scale)
-        scale = torch.where(is_other, 1.0, scale).view(-1, 1, 1).to(self.accelerator.device)
-        with adapter_scale(self.peft_model, scale):
+        scale = torch.where(inputs["is_forget"] | inputs["is_alternate"], 1.0, scale).to(self.accelerator.device)
+        with adapter_scale(self.peft_model, scale[:, None].expand(inputs["input_ids"].shape)):
             yield
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

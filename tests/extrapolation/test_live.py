@@ -12,7 +12,7 @@ import torch
 from extrapolation_models import GPT2_TARGETS, add_adapter, build_gpt2, build_llama, save_pair
 from peft.tuners.lora.layer import LoraLayer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from hf_unlearn.errors import UnlearningError
 from hf_unlearn.extrapolation import (
@@ -23,6 +23,7 @@ from hf_unlearn.extrapolation import (
     merged_state_dict,
     save_live_forget_model,
 )
+from hf_unlearn.extrapolation.live import check_tokens_in_order
 
 
 def scalings(model) -> set[float]:
@@ -168,17 +169,48 @@ def test_merged_state_dict_without_effect():
         merged_state_dict(add_adapter(build_llama(), std=0.0), 1)
 
 
-def test_scale_of_its_own_per_row(tokens):
-    model = add_adapter(build_llama())
+SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48}
+MODELS = {
+    "llama": build_llama,
+    "tokens of all rows in one line": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=96, word_embed_proj_dim=64)),
+    "a shared expert": lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **EXPERTS, num_key_value_heads=2)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scale_of_its_own_per_row(tokens, name):
+    torch.manual_seed(0)
+    model = add_adapter(MODELS[name](), target_modules="all-linear")
+    scales = torch.tensor([[1.0], [-2.0]]).expand(tokens.shape)
     with torch.no_grad():
-        with adapter_scale(model, torch.tensor([1.0, -2.0]).reshape(2, 1, 1)):
+        with adapter_scale(model, scales):
             together = model(tokens).logits
+            with model.disable_adapter():  # the reference may be asked about some of the rows
+                reference = model(tokens[:1]).logits
+        with adapter_scale(model, 0):
+            torch.testing.assert_close(reference, model(tokens[:1]).logits)
         for row, scale in enumerate((1.0, -2.0)):
             with adapter_scale(model, scale):
                 torch.testing.assert_close(together[row], model(tokens).logits[row], atol=1e-5, rtol=0)
     assert scalings(model) == {2}
-    with pytest.raises(UnlearningError, match="finite"), adapter_scale(model, torch.tensor([1.0, float("inf")])):
+    with pytest.raises(UnlearningError, match="finite"), adapter_scale(model, torch.tensor([[1.0, float("inf")]])):
         pass
+
+
+def test_tokens_that_nobody_can_tell_apart_are_refused(tokens):
+    scales = torch.ones(2, tokens.shape[1])
+    model = add_adapter(build_llama())
+    told = pytest.raises(UnlearningError, match=r"gets \(1, .*not known which.*Leave the module out")
+    with told, adapter_scale(model, scales), torch.no_grad():
+        model(tokens[:1])
+    expert = torch.nn.ModuleDict(
+        {"experts": torch.nn.ModuleList([torch.nn.ModuleDict({"up": torch.nn.Linear(4, 4)})])}
+    )
+    check_tokens_in_order(torch.nn.ModuleDict({"mlp": expert, "attention": torch.nn.Linear(4, 4)}))  # no adapter
+    routed = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["up"]), torch.nn.ModuleDict({"mlp": expert}))
+    with pytest.raises(UnlearningError, match=r"'mlp.experts.0.up'.*router.*Leave the experts out.*retain_kl_scale"):
+        check_tokens_in_order(routed)
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

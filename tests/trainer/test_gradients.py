@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from dense import GradientRecorder, assert_close, one_epoch, randomise_lora_b
-from tiny import tiny_llama, tiny_rows, tiny_tokenizer
+from tiny import VOCABULARY, tiny_llama, tiny_rows, tiny_tokenizer
 from torch.func import functional_call
-from transformers import TrainerCallback
+from transformers import OPTConfig, OPTForCausalLM, TrainerCallback
 
 from hf_unlearn import ExtrapolationConfig, ExtrapolationTrainer
 
@@ -15,9 +15,18 @@ from hf_unlearn import ExtrapolationConfig, ExtrapolationTrainer
 FORGET, RETAIN = tiny_rows(7, seed=1), tiny_rows(5, seed=2)
 
 
-def make_trainer(tmp_path, *, batch_size=4, accumulation=1, callbacks=(), random_b=True, **options):
+def tiny_opt() -> OPTForCausalLM:
+    """Its feed-forward layers get the tokens of all rows in one line."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2, "dropout": 0.0}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = OPTConfig(vocab_size=VOCABULARY, num_attention_heads=4, init_std=0.2, **sizes, **special)
+    return OPTForCausalLM(config)
+
+
+def make_trainer(tmp_path, *, batch_size=4, accumulation=1, callbacks=(), random_b=True, model=tiny_llama, **options):
     trainer = ExtrapolationTrainer(
-        model=tiny_llama(),
+        model=model(),
         args=ExtrapolationConfig(**one_epoch(tmp_path, batch_size, accumulation) | options),
         forget_dataset=FORGET,
         retain_dataset=RETAIN,
@@ -29,10 +38,10 @@ def make_trainer(tmp_path, *, batch_size=4, accumulation=1, callbacks=(), random
     return trainer
 
 
-def brute_force(trainer, lora: dict[str, torch.Tensor], pairs: list[int], **options):
+def brute_force(trainer, lora: dict[str, torch.Tensor], pairs: list[int], model=tiny_llama, **options):
     """Gradients and mean losses of one global batch; nothing of the package but the tokenised rows is used."""
     scale, temperature = trainer.args.retain_kl_scale, trainer.args.memorization_temperature
-    model = tiny_llama().double()
+    model = model().double()
     leaves = {name: value.double().requires_grad_() for name, value in lora.items()}
 
     def logits(ids: list[int], adapter_scale: float) -> torch.Tensor:
@@ -87,8 +96,9 @@ def brute_force(trainer, lora: dict[str, torch.Tensor], pairs: list[int], **opti
         {"retain_nll_weight": 2.0},
         {"gradient_checkpointing": False},
         {"retain_kl_both_signs": True, "retain_kl_scale": 2.0, "retain_per_forget": 2},
+        {"model": tiny_opt},
     ],
-    ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()) or "defaults",
+    ids=lambda options: ",".join(f"{key}={getattr(value, '__name__', value)}" for key, value in options.items()),
 )
 def test_gradients_equal_brute_force(tmp_path, options):
     recorder = GradientRecorder()
