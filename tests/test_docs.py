@@ -34,7 +34,7 @@ from hf_unlearn.evaluation.aggregates import ATTACKS, MEANS, RATES
 from hf_unlearn.evaluation.logs import HEADLINES
 from hf_unlearn.evaluation.metrics import RougeScores
 from hf_unlearn.trainer import ExtrapolationConfig
-from hf_unlearn.trainer.extrapolation_config import PRESETS
+from hf_unlearn.trainer.extrapolation_config import DEFAULTS, PRESETS
 from hf_unlearn.trainer.extrapolation_trainer import MIRROR
 
 
@@ -123,7 +123,7 @@ class TestOptions:
 
     def test_levers_of_the_readme(self):
         defaults = {field.name: default_of(field) for field in dataclasses.fields(ExtrapolationConfig)}
-        defaults["retain_kl_scale"] = MIRROR  # where none is given
+        defaults |= DEFAULTS | {"retain_kl_scale": MIRROR}  # where none is given
         quickstart = {field.name: default_of(field) for field in dataclasses.fields(QuickstartArguments)}
         rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \|", read(ROOT / "README.md"), re.MULTILINE)
         assert len(rows) == 5

@@ -125,7 +125,8 @@ def _write_adapter(adapter: LoraAdapter, arguments: ExtrapolateArguments) -> Non
     check_alpha(arguments.alpha)
     if arguments.dtype:
         raise UnlearningError("--dtype is for --format model; a forget adapter keeps the dtype of its adapter.")
-    refuse_idle(arguments, ["delete_cache"], "with --format adapter, which needs no base")
+    idle = ["base", "base_revision", "check_base", "delete_cache"]
+    refuse_idle(arguments, idle, "with --format adapter, which needs no base and keeps the one it was trained on")
     if arguments.dry_run:
         size = (adapter.folder / "adapter_model.safetensors").stat().st_size
         print_plan(

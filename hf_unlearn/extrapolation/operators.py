@@ -131,7 +131,7 @@ def sum_of_rounds(rounds: Sequence[Adapter], alpha: float) -> LowRankUpdate:
 
 def project(adapter: Adapter, retain_adapter: Adapter) -> LowRankUpdate:
     """
-    The part of the memorising update that a retain adapter does not share (Ext-Sub, arXiv 2308.08090): from each row,
+    The part of the memorising update that a retain adapter does not share (after Ext-Sub, arXiv 2308.08090): from each row,
     which is one output feature, its component along the same row of the retain update is taken away.
 
     The result has the factors B' = [s_m B_m, -diag(c) s_r B_r] and A' = [A_m; A_r] with

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.trainer_utils import HubStrategy
@@ -13,7 +13,12 @@ from hf_unlearn.trainer.unlearning_config import UnlearningConfig
 
 
 MEMORIZATION_LOSSES = ("nll", "npo")
+DEFAULTS = {"memorization_temperature": 4.0, "retain_kl_weight": 5.0}
 PRESETS = {"paper": {"memorization_temperature": 1.0, "retain_kl_scale": 1.0, "retain_kl_weight": 1.0}}
+PRESET_HELP = (
+    '`"paper"` gives `memorization_temperature`, `retain_kl_scale` and `retain_kl_weight`, where they are not set, the '
+    "value 1, as in arXiv 2602.06441."
+)
 
 
 @dataclass
@@ -26,8 +31,8 @@ class ExtrapolationConfig(UnlearningConfig):
 
     Args:
         preset (`str`, *optional*):
-            `"paper"` gives `memorization_temperature`, `retain_kl_scale` and `retain_kl_weight`, where they are at their
-            defaults, the value 1, as in arXiv 2602.06441.
+            `"paper"` gives `memorization_temperature`, `retain_kl_scale` and `retain_kl_weight`, where they are not set,
+            the value 1, as in arXiv 2602.06441.
         alpha (`float`, *optional*, defaults to `4.0`):
             Extrapolation strength α of θ_for = (1 + α)·θ_ref − α·θ_mem that is used where none is given: by the probe
             during training and by the `save_forget_*` methods. It changes nothing in training; any other α can be
@@ -35,12 +40,12 @@ class ExtrapolationConfig(UnlearningConfig):
         memorization_loss (`str`, *optional*, defaults to `"nll"`):
             Loss that memorises the forget set. `"nll"` is the cross-entropy of the answer tokens (the paper's), `"npo"`
             the NPO form 2/β·log σ(−β·log(p_θ/p_ref)) of each row.
-        memorization_temperature (`float`, *optional*, defaults to `4.0`):
+        memorization_temperature (`float`, *optional*):
             Temperature τ of the softmax in the memorisation loss. Above 1 the gradient does not vanish on rows that the
-            model already knows.
-        retain_kl_weight (`float`, *optional*, defaults to `5.0`):
+            model already knows. If not set, it is 4.
+        retain_kl_weight (`float`, *optional*):
             Weight λ of the retain term, KL(reference ‖ model) over the answer tokens of the retain rows. `0` leaves it
-            out.
+            out. If not set, it is 5.
         retain_kl_scale (`float`, *optional*):
             Where the retain term is measured: with the adapter multiplied by this. `-1` (mirror consistency) holds
             θ_ref − ΔW, on whose side the forget model lies, to the reference on the retain rows; `1` (the paper) holds
@@ -59,14 +64,7 @@ class ExtrapolationConfig(UnlearningConfig):
         > Options shared by all methods, see [`UnlearningConfig`]
     """
 
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": '`"paper"` gives `memorization_temperature`, `retain_kl_scale` and `retain_kl_weight`, where they are '
-            "at their defaults, the value 1, as in arXiv 2602.06441.",
-            "choices": list(PRESETS),
-        },
-    )
+    preset: str | None = field(default=None, metadata={"help": PRESET_HELP, "choices": list(PRESETS)})
     alpha: float = field(
         default=4.0,
         metadata={
@@ -83,11 +81,11 @@ class ExtrapolationConfig(UnlearningConfig):
             "choices": list(MEMORIZATION_LOSSES),
         },
     )
-    retain_kl_weight: float = field(
-        default=5.0,
+    retain_kl_weight: float | None = field(
+        default=None,
         metadata={
             "help": "Weight λ of the retain term, KL(reference ‖ model) over the answer tokens of the retain rows. `0` "
-            "leaves it out."
+            "leaves it out. If not set, it is 5."
         },
     )
     retain_kl_scale: float | None = field(
@@ -99,11 +97,11 @@ class ExtrapolationConfig(UnlearningConfig):
             "round ends."
         },
     )
-    memorization_temperature: float = field(
-        default=4.0,
+    memorization_temperature: float | None = field(
+        default=None,
         metadata={
             "help": "Temperature τ of the softmax in the memorisation loss. Above 1 the gradient does not vanish on "
-            "rows that the model already knows."
+            "rows that the model already knows. If not set, it is 4."
         },
     )
     npo_beta: float = field(default=0.1, metadata={"help": 'Inverse temperature β of `memorization_loss="npo"`.'})
@@ -130,13 +128,10 @@ class ExtrapolationConfig(UnlearningConfig):
         super().__post_init__()
 
     def _apply_preset(self) -> None:
-        if self.preset is None:
-            return
-        if self.preset not in PRESETS:
+        if self.preset is not None and self.preset not in PRESETS:
             raise UnlearningError(f"preset={self.preset!r} is not known. Use one of {', '.join(PRESETS)}, or none.")
-        defaults = {option.name: option.default for option in fields(self)}
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) == defaults[name]:
+        for name, value in PRESETS.get(self.preset, DEFAULTS).items():
+            if getattr(self, name) is None:
                 setattr(self, name, value)
 
     def _check_values(self) -> None:

@@ -279,6 +279,8 @@ class TestExtrapolate:
         assert main([*arguments, "--alpha", "-2", "--dry_run"]) == 2
         assert main([*arguments, "--alpha", "2", "--delete_cache"]) == 2
         assert "--delete_cache has no effect with --format adapter" in capsys.readouterr().err
+        assert main([*arguments, "--alpha", "2", "--base", "other", "--no_check_base"]) == 2
+        assert "--base, --no_check_base have no effect with --format adapter" in capsys.readouterr().err
         assert not (tmp_path / "a").exists()
 
     def test_an_existing_folder_is_kept_unless_asked(self, adapter, tmp_path, capsys):

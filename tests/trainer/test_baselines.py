@@ -64,7 +64,7 @@ def forget_loss(method: str, model: DenseModel, pair: dict) -> tuple[torch.Tenso
     if method == "wga":
         return (p * logp).sum(), len(targets)
     if method == "satimp":
-        return (p**0.5 * (1 - p) * logp).sum(), len(targets)
+        return (p**0.5 * (1 - p) ** 2 * logp).sum(), len(targets)
     if method == "npo":
         return -2 / 0.1 * torch.sigmoid(-0.1 * ratio).log(), 1
     if method == "simnpo":
@@ -75,8 +75,9 @@ def forget_loss(method: str, model: DenseModel, pair: dict) -> tuple[torch.Tenso
         other_ratio = log_probs(other, other_targets).sum() - log_probs(other_reference, other_targets).sum()
         return -2 / 0.1 * torch.sigmoid(0.1 * (other_ratio - ratio)).log(), 1
     if method == "targeted":
-        other = log_probs(*model.run(pair["alternate"]))
-        return -logp.mean() + 0.3 * other.mean(), 1
+        other, other_targets = model.run(pair["alternate"])
+        both = (log_probs(logits / 1.5, targets), log_probs(other / 1.5, other_targets))  # at the temperature 1.5
+        return -both[0].mean() + 0.3 * both[1].mean(), 1
     if method == "idk":
         return -logp.sum(), len(targets)
     if method == "undial":
@@ -118,16 +119,38 @@ def brute_force(trainer, method: str, weights: dict[str, torch.Tensor], indices:
 
 
 FORGET_OPTIONS = {
-    "satimp": {"satimp_beta1": 0.5},
+    "satimp": {"satimp_beta1": 0.5, "satimp_beta2": 2.0},
     "simnpo": {"simnpo_beta": 0.2, "simnpo_margin": 0.3},
     "pdu": {"dual_warmup_epochs": 9, "retain_nll_limit": 1.0},
 }
+
+
+@pytest.mark.parametrize(
+    ("method", "defaults"),
+    [
+        ("npo", {"npo_beta": 0.1}),  # arXiv 2404.05868, section 5
+        # github.com/OPTML-Group/Unlearn-Simple, TOFU forget10
+        ("simnpo", {"simnpo_beta": 4.5, "simnpo_margin": 0, "forget_weight": 0.125, "retain_nll_weight": 1}),
+        ("dpo", {"dpo_beta": 0.1}),  # arXiv 2404.05868, section 5
+        ("rmu", {"rmu_steering": 6.5, "rmu_retain_weight": 1200}),  # github.com/centerforaisafety/wmdp, Zephyr-7B
+        ("wga", {"wga_alpha": 1}),  # arXiv 2502.19301
+        # github.com/tmlr-group/SatImp, README and config/forget_sat.yaml
+        ("satimp", {"satimp_beta1": 5, "satimp_beta2": 0.1, "forget_weight": 1, "retain_nll_weight": 0.1}),
+        ("undial", {"undial_strength": 10}),  # arXiv 2402.10052
+        # the authors' run.sh for TOFU
+        ("pdu", {"retain_nll_weight": 100, "dual_step_size": 5, "dual_warmup_epochs": 5}),
+    ],
+)
+def test_defaults_are_those_of_the_papers(tmp_path, method, defaults):
+    config = METHODS[method][1](output_dir=str(tmp_path), use_cpu=True)
+    assert {name: getattr(config, name) for name in defaults} == defaults
 
 
 @pytest.mark.parametrize(("retain_kl_weight", "cached"), [(0.0, False), (0.5, False), (0.5, True)])
 def test_gradients_of_the_targeted_form_equal_brute_force(tmp_path, retain_kl_weight, cached, monkeypatch):
     recorder = GradientRecorder()
     options = {"target_weight": 0.3, "retain_kl_weight": retain_kl_weight, "reference_cache": cached}
+    options["memorization_temperature"] = 1.5
     trainer = make(tmp_path, "targeted", batch_size=3, accumulation=2, callbacks=[recorder], **options)
     order = record_order(trainer, monkeypatch)
     trainer.train()
@@ -324,12 +347,12 @@ class TestPDU:
         trainer.train()
         logs = [log for log in trainer.state.log_history if "retain_nll" in log]
         assert len(logs) == 6
-        weight = 1.0
+        weight = 100.0
         for step, log in enumerate(logs):
             if step >= 1:  # the first epoch ends with step 2, index 1
                 weight = max(0.0, weight + 0.5 * (log["retain_nll"] - 5.0))
             assert log["dual_weight"] == pytest.approx(weight, rel=1e-5)
-        assert weight != 1.0
+        assert weight != 100.0
 
     def test_the_limit_follows_from_the_model(self, tmp_path):
         trainer = make(tmp_path, "pdu", random_b=False, retain_tolerance=0.2)
@@ -342,7 +365,7 @@ class TestPDU:
         assert trainer.dual.limit == pytest.approx(1.2 * total / count, rel=1e-5)
 
     def test_a_negative_weight_is_impossible(self, tmp_path):
-        trainer = make(tmp_path, "pdu", **self.OPTIONS | {"retain_nll_limit": 50.0})
+        trainer = make(tmp_path, "pdu", **self.OPTIONS | {"retain_nll_limit": 50.0, "retain_nll_weight": 1.0})
         trainer.train()
         assert trainer.dual.weight == 0.0
 

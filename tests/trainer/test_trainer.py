@@ -14,6 +14,7 @@ from tiny import tiny_llama, tiny_rows, tiny_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from hf_unlearn import ExtrapolationConfig, ExtrapolationTrainer, UnlearningError, extrapolate
+from hf_unlearn.trainer.baselines import TaskVectorConfig
 
 
 FORGET, RETAIN, HOLDOUT = tiny_rows(6, seed=1), tiny_rows(4, seed=2), tiny_rows(3, seed=3)
@@ -142,6 +143,10 @@ class TestConstruction:
         assert values(preset=None) == (4.0, None, 5.0)
         assert values() == (1.0, 1.0, 1.0)
         assert values(retain_kl_weight=3.0) == (1.0, 1.0, 3.0)
+        # what was given counts, also where it is what no preset would have been
+        assert values(memorization_temperature=4.0, retain_kl_weight=5.0) == (4.0, 1.0, 5.0)
+        vector = TaskVectorConfig(output_dir=str(tmp_path), preset="paper", use_cpu=True)
+        assert (vector.memorization_temperature, vector.retain_kl_weight) == (1.0, 0.0)
 
     def test_the_configuration_of_another_trainer(self, tmp_path):
         with pytest.raises(UnlearningError, match="TrainingArguments.*ExtrapolationConfig"):

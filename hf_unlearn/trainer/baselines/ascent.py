@@ -105,22 +105,24 @@ class WGATrainer(BaselineTrainer):
 @dataclass
 class SatImpConfig(BaselineConfig):
     """
-    Configuration of [`SatImpTrainer`].
+    Configuration of [`SatImpTrainer`]. The defaults are its authors' (github.com/tmlr-group/SatImp).
 
     Args:
-        forget_weight (`float`, *optional*, defaults to `0.1`):
-            Factor of the forget loss.
+        retain_nll_weight (`float`, *optional*, defaults to `0.1`):
+            Weight of the cross-entropy of the retain answers. `0` leaves it out.
         satimp_beta1 (`float`, *optional*, defaults to `5.0`):
             Exponent β₁ of p in the weight of a token.
-        satimp_beta2 (`float`, *optional*, defaults to `1.0`):
+        satimp_beta2 (`float`, *optional*, defaults to `0.1`):
             Exponent β₂ of 1 − p in the weight of a token.
 
         > Options shared by the baselines, see [`BaselineConfig`]
     """
 
-    forget_weight: float = field(default=0.1, metadata={"help": "Factor of the forget loss."})
+    retain_nll_weight: float = field(
+        default=0.1, metadata={"help": "Weight of the cross-entropy of the retain answers. `0` leaves it out."}
+    )
     satimp_beta1: float = field(default=5.0, metadata={"help": "Exponent β₁ of p in the weight of a token."})
-    satimp_beta2: float = field(default=1.0, metadata={"help": "Exponent β₂ of 1 − p in the weight of a token."})
+    satimp_beta2: float = field(default=0.1, metadata={"help": "Exponent β₂ of 1 − p in the weight of a token."})
 
     not_negative = ("satimp_beta1", "satimp_beta2")
 

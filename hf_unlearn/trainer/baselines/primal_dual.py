@@ -19,17 +19,18 @@ from hf_unlearn.trainer.batch import MicroBatch, Reference
 @dataclass
 class PDUConfig(BaselineConfig):
     """
-    Configuration of [`PDUTrainer`].
+    Configuration of [`PDUTrainer`]. First value, step size and warm-up of the dual variable are its authors' for TOFU; the
+    first value is large because the forget loss is a square of logits.
 
     Args:
-        retain_nll_weight (`float`, *optional*, defaults to `1.0`):
+        retain_nll_weight (`float`, *optional*, defaults to `100.0`):
             First value of the dual variable.
         retain_nll_limit (`float`, *optional*):
             Bound ε on the cross-entropy of the retain answers, in nats a token. If not set, `1 + retain_tolerance` times
             what it is before training, which one pass over the retain set measures.
         retain_tolerance (`float`, *optional*, defaults to `0.1`):
             By how much the cross-entropy of the retain answers may grow, as a share of what it is before training.
-        dual_step_size (`float`, *optional*, defaults to `1.0`):
+        dual_step_size (`float`, *optional*, defaults to `5.0`):
             Step size η of the dual variable.
         dual_warmup_epochs (`float`, *optional*, defaults to `5.0`):
             Epochs before the dual variable begins to move.
@@ -37,7 +38,7 @@ class PDUConfig(BaselineConfig):
         > Options shared by the baselines, see [`BaselineConfig`]
     """
 
-    retain_nll_weight: float = field(default=1.0, metadata={"help": "First value of the dual variable."})
+    retain_nll_weight: float = field(default=100.0, metadata={"help": "First value of the dual variable."})
     retain_nll_limit: float | None = field(
         default=None,
         metadata={
@@ -52,7 +53,7 @@ class PDUConfig(BaselineConfig):
             "training."
         },
     )
-    dual_step_size: float = field(default=1.0, metadata={"help": "Step size η of the dual variable."})
+    dual_step_size: float = field(default=5.0, metadata={"help": "Step size η of the dual variable."})
     dual_warmup_epochs: float = field(
         default=5.0, metadata={"help": "Epochs before the dual variable begins to move."}
     )

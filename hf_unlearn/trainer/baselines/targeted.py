@@ -15,7 +15,7 @@ from hf_unlearn.errors import UnlearningError
 from hf_unlearn.losses import targeted_memorization
 from hf_unlearn.trainer.baselines.preference import AlternateOptions
 from hf_unlearn.trainer.batch import ForgetTokens
-from hf_unlearn.trainer.extrapolation_config import PRESETS, ExtrapolationConfig
+from hf_unlearn.trainer.extrapolation_config import PRESET_HELP, PRESETS, ExtrapolationConfig
 from hf_unlearn.trainer.extrapolation_trainer import ExtrapolationTrainer
 
 
@@ -26,8 +26,8 @@ class TargetedConfig(AlternateOptions, ExtrapolationConfig):
 
     Args:
         preset (`str`, *optional*, defaults to `"paper"`):
-            `"paper"` gives `memorization_temperature`, `retain_kl_scale` and `retain_kl_weight`, where they are at their
-            defaults, the value 1, as in arXiv 2602.06441.
+            `"paper"` gives `memorization_temperature`, `retain_kl_scale` and `retain_kl_weight`, where they are not set,
+            the value 1, as in arXiv 2602.06441.
         target_weight (`float`, *optional*, defaults to `1.0`):
             Weight of the other answers' cross-entropy, which is maximised.
 
@@ -36,14 +36,7 @@ class TargetedConfig(AlternateOptions, ExtrapolationConfig):
         > Options of model extrapolation, see [`ExtrapolationConfig`]
     """
 
-    preset: str | None = field(
-        default="paper",
-        metadata={
-            "help": '`"paper"` gives `memorization_temperature`, `retain_kl_scale` and `retain_kl_weight`, where they are '
-            "at their defaults, the value 1, as in arXiv 2602.06441.",
-            "choices": list(PRESETS),
-        },
-    )
+    preset: str | None = field(default="paper", metadata={"help": PRESET_HELP, "choices": list(PRESETS)})
     target_weight: float = field(
         default=1.0, metadata={"help": "Weight of the other answers' cross-entropy, which is maximised."}
     )
