@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,9 @@ def _add_adapter(ledger: Ledger, arguments: options.AddArguments, adapter: LoraA
             return _measure(ledger, arguments)
         except UnlearningError as error:
             raise UnlearningError(f"The request {request.id} is added, but could not be measured. {error}") from error
+    if len(ledger.active()) > 1:
+        command = shlex.join(["hf-unlearn", "requests", "measure", "--ledger", arguments.ledger])
+        console.print(f"What it does to the others: {command}", markup=False)
     return EXIT_OK
 
 

@@ -52,7 +52,8 @@ def ledger(adapters, rows, tmp_path, capsys) -> Path:
     for alpha, id in enumerate(adapters, start=1):
         options = ["--adapter", adapters[id], "--alpha", str(alpha), "--id", id, "--forget_dataset", rows[id]]
         assert requests("add", folder, *options) == 0
-    capsys.readouterr()
+        hint = f"What it does to the others: hf-unlearn requests measure --ledger {folder}"
+        assert (hint in capsys.readouterr().out) == (alpha > 1)
     return folder
 
 
