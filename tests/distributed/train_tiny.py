@@ -30,6 +30,8 @@ from hf_unlearn.trainer.processes import leave_processes
 
 USES_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
 USES_FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+# Everything of the loss that differs from the paper's, which the run in the NPO form has.
+LEVERS = {"retain_kl_scale": -1.0, "memorization_temperature": 4.0, "retain_nll_weight": 1.0}
 STEPS, MIDDLE, ALPHA = 6, 3, 2.0  # 15 rows in batches of 8 are two steps an epoch: the middle is within an epoch
 
 
@@ -123,7 +125,7 @@ def straight(output_dir: Path, model_dir: str, batch_size: int) -> tuple[Extrapo
         output_dir,
         model_dir,
         batch_size,
-        retain_kl_scale=-1.0,
+        **LEVERS,
         num_train_epochs=STEPS // 2,
         save_strategy="steps",
         save_steps=MIDDLE,
@@ -206,7 +208,7 @@ def failures(trainer: ExtrapolationTrainer, output_dir: Path) -> dict[str, Any]:
 
 def resumed_and_npo(output_dir: Path, model_dir: str, batch_size: int) -> dict[str, Any]:
     """Go on from the middle of the run, and train with the other loss on rows for three of four batches."""
-    options = {"retain_kl_scale": -1.0, "num_train_epochs": STEPS // 2, "save_strategy": "no"}
+    options = LEVERS | {"num_train_epochs": STEPS // 2, "save_strategy": "no"}
     trainer = build(output_dir / "resumed", model_dir, batch_size, **options)
     trainer.train(resume_from_checkpoint=str(output_dir / f"checkpoint-{MIDDLE}"))
     trainer.save_model()

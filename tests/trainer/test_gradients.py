@@ -121,6 +121,17 @@ def test_gradients_equal_brute_force(tmp_path, options):
             assert losses[step][name] == pytest.approx(mean, rel=1e-5), name
 
 
+@pytest.mark.parametrize("options", [{}, {"retain_kl_both_signs": True}], ids=["mirror", "both signs"])
+def test_one_forward_with_gradients_a_batch(tmp_path, options):
+    trainer = make_trainer(tmp_path, batch_size=4, gradient_checkpointing=False, **options)
+    with_gradients = []
+    trainer.base_model.get_input_embeddings().register_forward_hook(
+        lambda *_: with_gradients.append(torch.is_grad_enabled())
+    )
+    trainer.train()
+    assert trainer.state.global_step == sum(with_gradients) == 2
+
+
 def test_retain_kl_starts_at_zero(tmp_path):
     trainer = make_trainer(tmp_path, random_b=False)
     trainer.train()
