@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -59,12 +58,14 @@ def adapter_scale(model: nn.Module, scale: float | torch.Tensor) -> Iterator[Non
         raise UnlearningError("The model has no LoRA layer to scale. Load the adapter with `peft.PeftModel` first.")
     if any(layer.merged for layer in layers):
         raise UnlearningError("The adapter is merged into the base, so its scale has no effect. Unmerge it first.")
-    previous = [dict(layer.scaling) for layer in layers]
+    of_tokens = scale if isinstance(scale, torch.Tensor) else None
+    previous = [(dict(layer.scaling), getattr(layer, "scale_of_tokens", None)) for layer in layers]
     hooks: list[RemovableHandle] = []
     try:
         for layer in layers:
-            if isinstance(scale, torch.Tensor):
-                hooks.append(layer.register_forward_pre_hook(partial(_scale_tokens, scale)))
+            layer.scale_of_tokens = of_tokens
+            if of_tokens is not None:
+                hooks.append(layer.register_forward_pre_hook(_scale_tokens))
                 continue
             for adapter in layer.active_adapters:
                 layer.set_scale(adapter, scale)
@@ -72,13 +73,16 @@ def adapter_scale(model: nn.Module, scale: float | torch.Tensor) -> Iterator[Non
     finally:
         for hook in hooks:
             hook.remove()
-        for layer, scaling in zip(layers, previous, strict=True):
+        for layer, (scaling, scale_before) in zip(layers, previous, strict=True):
             layer.scaling.update(scaling)
+            layer.scale_of_tokens = scale_before
 
 
-def _scale_tokens(scale: torch.Tensor, layer: LoraLayer, args: tuple[torch.Tensor, ...]) -> None:
+def _scale_tokens(layer: LoraLayer, args: tuple[torch.Tensor, ...]) -> None:
     """Give a layer, before its forward, the factors of the tokens that it gets."""
-    if layer.disable_adapters:  # the reference, which may be asked about some of the rows
+    scale = layer.scale_of_tokens
+    # In an inner context all tokens have one scale; the reference may be asked about some of the rows.
+    if scale is None or layer.disable_adapters:
         return
     tokens = args[0].shape[:-1]
     if tokens != scale.shape and tokens != (scale.numel(),):

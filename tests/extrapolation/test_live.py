@@ -186,10 +186,14 @@ def test_scale_of_its_own_per_row(tokens, name):
     with torch.no_grad():
         with adapter_scale(model, scales):
             together = model(tokens).logits
+            with adapter_scale(model, 3):  # the inner context counts
+                inner = model(tokens).logits
+            torch.testing.assert_close(model(tokens).logits, together)
             with model.disable_adapter():  # the reference may be asked about some of the rows
                 reference = model(tokens[:1]).logits
-        with adapter_scale(model, 0):
-            torch.testing.assert_close(reference, model(tokens[:1]).logits)
+        for scale, logits, rows in ((0, reference, tokens[:1]), (3, inner, tokens)):
+            with adapter_scale(model, scale):
+                torch.testing.assert_close(logits, model(rows).logits)
         for row, scale in enumerate((1.0, -2.0)):
             with adapter_scale(model, scale):
                 torch.testing.assert_close(together[row], model(tokens).logits[row], atol=1e-5, rtol=0)

@@ -206,13 +206,20 @@ class TestTraining:
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
-    def test_probe_measures_the_losses_at_minus_alpha(self, tmp_path):
-        trainer = make(tmp_path, probe_steps=2, alpha=1.5, per_device_train_batch_size=6, num_train_epochs=3)
+    @pytest.mark.parametrize("retain_kl_scale", [1.0, -1.0])
+    def test_probe_measures_the_losses_at_minus_alpha(self, tmp_path, retain_kl_scale):
+        options = {
+            "alpha": 1.5,
+            "per_device_train_batch_size": 6,
+            "retain_kl_scale": retain_kl_scale,
+            "warmup_steps": 0,
+        }
+        trainer = make(tmp_path, probe_steps=2, **options)
         trainer.train()
         probes = {log["step"]: log for log in trainer.state.log_history if "probe_forget_loss" in log}
         assert list(probes) == [2]
 
-        stopped = make(tmp_path / "s", alpha=1.5, per_device_train_batch_size=6, num_train_epochs=3)
+        stopped = make(tmp_path / "s", **options)
 
         class Stop(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):
@@ -220,9 +227,11 @@ class TestTraining:
 
         stopped.add_callback(Stop())
         stopped.train()  # the adapter after one step is the one that the probe of step 2 saw
+        trained = stopped.evaluate(stopped.forget_dataset)["eval_loss"]
         with stopped.extrapolated(1.5):
             loss = stopped.evaluate(stopped.forget_dataset)["eval_loss"]
         assert probes[2]["probe_forget_loss"] == pytest.approx(loss, rel=1e-5)
+        assert loss > trained + 0.01
 
     def test_each_evaluation_set_has_metrics_of_its_own(self, tmp_path):
         sets = {"forget": FORGET, "holdout": HOLDOUT}
