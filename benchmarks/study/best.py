@@ -24,10 +24,16 @@ def auc_gap(figures: dict[str, Any], retrained: dict[str, Any]) -> float:
     return abs(figures["membership_auc_loss"] - retrained["membership_auc_loss"])
 
 
+def within(points: Iterable[dict[str, Any]], target: dict[str, Any]) -> list[dict[str, Any]]:
+    """The points that keep 98 % of the target's utility, the target among them."""
+    return [target, *(figures for figures in points if share(figures, target) >= MIN_UTILITY)]
+
+
 def best(points: Iterable[dict[str, Any]], target: dict[str, Any], retrained: dict[str, Any]) -> dict[str, Any]:
     """
     The point of the best forget quality at 98 % of the target's utility, of equal ones that with the membership AUC
     nearest to the retrained model's, then that with the least forget probability; the target itself counts.
     """
-    within = [target, *(figures for figures in points if share(figures, target) >= MIN_UTILITY)]
-    return max(within, key=lambda at: (quality(at), -auc_gap(at, retrained), -at["forget_probability"]))
+    return max(
+        within(points, target), key=lambda at: (quality(at), -auc_gap(at, retrained), -at["forget_probability"])
+    )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from best import MIN_UTILITY, auc_gap, best, quality, share
+from best import MIN_UTILITY, auc_gap, best, quality, share, within
 from matplotlib import pyplot as plt
 from methods import METHODS
 
@@ -69,7 +69,7 @@ class Study:
 
     def within(self, run: dict[str, Any]) -> list[dict[str, Any]]:
         """The points of a run that keep the budget, the target among them."""
-        return [figures for figures in (self.target, *run["points"]) if self.share(figures) >= MIN_UTILITY]
+        return within(run["points"], self.target)
 
     def least_auc_gap(self, run: dict[str, Any]) -> float | None:
         """That of the nearest point that passes the test of forget quality within the budget; `None` where none does."""
@@ -220,10 +220,10 @@ def plot(study: Study, path: Path, shown: int = 7) -> None:
             points = [study.target, *run["points"]]
             label = name if rank < shown and index == 0 else None
             trade_off.plot([study.share(p) for p in points], [_shown(p) for p in points], label=label, **style)
-            within = study.within(run)
+            kept = study.within(run)
             membership.plot(
-                [p["membership_auc_loss"] for p in within],
-                [_shown(p) for p in within],
+                [p["membership_auc_loss"] for p in kept],
+                [_shown(p) for p in kept],
                 **style | {"linewidth": 0, "zorder": 3 if rank < shown else 1},
             )
     for axes in (trade_off, membership):

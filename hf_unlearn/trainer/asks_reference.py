@@ -53,9 +53,7 @@ class AsksReference:
             if self.args.needs_forget_reference:
                 forget = self.reference_of_forget(head, hidden[rows.forget_at], rows.forget_targets)
             if self.alternates == "beside":
-                alternate = head.score(
-                    hidden[rows.alternate_at], rows.alternate_targets, self.forget_temperature
-                ).log_probs
+                alternate = self.score_alternate(head, hidden[rows.alternate_at], rows.alternate_targets)
             return hidden[rows.retain_at], forget, alternate
 
         with torch.no_grad(), self._reference_live(model) as reference:

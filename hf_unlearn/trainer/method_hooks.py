@@ -58,6 +58,10 @@ class MethodHooks:
         """What is kept of the reference on the forget rows, shape `(N, W)`."""
         return head.score(hidden, targets, self.forget_temperature).log_probs[:, None]
 
+    def score_alternate(self, head: LMHead, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the other answers to the forget prompts, shape `(N,)`, of the model or the reference."""
+        return head.score(hidden, targets, self.forget_temperature).log_probs
+
     @property
     def retain_weights(self) -> dict[str, float]:
         """The retain terms by the name under which they are logged, and their weights."""

@@ -310,9 +310,7 @@ class UnlearningTrainer(MethodHooks, AsksReference, SavesWhole, SFTTrainer):
             forget = self.score_forget(head, hidden[batch.forget_at], batch.forget_targets, reference)
             alternate, retain = None, ({}, None)
             if self.alternates == "beside":
-                alternate = head.score(
-                    hidden[batch.alternate_at], batch.alternate_targets, self.forget_temperature
-                ).log_probs
+                alternate = self.score_alternate(head, hidden[batch.alternate_at], batch.alternate_targets)
             if self.uses_retain:
                 retain = self.score_retain(head, hidden[batch.retain_at], batch.retain_targets, reference)
             return *forget, alternate, *retain

@@ -98,7 +98,9 @@ def brute_force(trainer, lora: dict[str, torch.Tensor], pairs: list[int], model=
         {"retain_kl_both_signs": True, "retain_kl_scale": 2.0, "retain_per_forget": 2},
         {"model": tiny_opt},
     ],
-    ids=lambda options: ",".join(f"{key}={getattr(value, '__name__', value)}" for key, value in options.items()),
+    ids=lambda options: (
+        ",".join(f"{key}={getattr(value, '__name__', value)}" for key, value in options.items()) or "defaults"
+    ),
 )
 def test_gradients_equal_brute_force(tmp_path, options):
     recorder = GradientRecorder()
